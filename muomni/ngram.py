@@ -163,11 +163,11 @@ def generate(
         ids.append(int(chance.choice(len(prob), p=prob / prob.sum())))
     return ids[len(list(context)):]
 
-# %% ../nbs/40a_ngram.ipynb #d7005715
+# %% ../nbs/40a_ngram.ipynb #fc077d56
 def bits_per_byte(
     nats,  # log probability of each token, in nats; array of any shape
     size: int,  # bytes of the same text in UTF-8, above 0
 ) -> float:  # bits
     "Cost of a text, comparable between any two models and any two tokenizers."
-    if size <= 0: raise ValueError(f"size is {size}; give the bytes of the text, above 0")
+    if size <= 0: raise ValueError(f"size is {size}; give the bytes, above 0")
     return -float(np.sum(np.asarray(nats, dtype=np.float64))) / math.log(2) / size

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPECIALS', 'Tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'encode_chat', 'TextStream']
 
-# %% ../nbs/09_tokenizer.ipynb #312f0da0
-from collections.abc import Iterable, Iterator
+# %% ../nbs/09_tokenizer.ipynb #a0627dcc
+from collections.abc import Iterable
 from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -15,48 +15,70 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 SPECIALS = ("<|pad|>", "<|document|>", "<|user|>", "<|assistant|>", "<|end|>",
             "<|image|>", "<|audio|>", "<|speech|>")
 
-# %% ../nbs/09_tokenizer.ipynb #e012183d
+# %% ../nbs/09_tokenizer.ipynb #52714650
+def _no_text(
+    text,            # what somebody wanted to encode
+) -> Exception:      # the error to raise
+    "Say why this cannot be encoded"
+    if not isinstance(text, str):
+        return TypeError(f"a {type(text).__name__} came, expected a text (str)")
+    bad = next(c for c in text if "\ud800" <= c <= "\udfff")
+    return ValueError(f"half a surrogate pair, U+{ord(bad):04X}, at {text.index(bad)}: "
+                      "UTF-8 has no bytes for it; replace it first")
+
+# %% ../nbs/09_tokenizer.ipynb #65342f26
+def _checked(
+    bpe: tokenizers.Tokenizer,  # perhaps one of ours
+) -> tokenizers.Tokenizer:      # the same
+    "Refuse a tokenizer with other marks"
+    found = tuple(bpe.id_to_token(i) for i in range(len(SPECIALS)))
+    if found == SPECIALS: return bpe
+    raise ValueError("not a tokenizer of this course: its first tokens are "
+                     f"{found}, expected {SPECIALS}")
+
+# %% ../nbs/09_tokenizer.ipynb #3846cfbc
 class Tokenizer:
     "Byte-level BPE: any text in, token ids out, and back without loss"
     pad, document, user, assistant, end, image, audio, speech = range(len(SPECIALS))
 
     def __init__(self,
-        bpe: tokenizers.Tokenizer,  # a trained byte-level BPE whose first tokens are SPECIALS
+        bpe: tokenizers.Tokenizer,  # a byte-level BPE whose first tokens are SPECIALS
     ):
-        found = tuple(bpe.id_to_token(i) for i in range(len(SPECIALS)))
-        if found != SPECIALS: raise ValueError(f"not a tokenizer of this course: its first tokens are {found}, expected {SPECIALS}")
-        bpe.encode_special_tokens = True    # "<|end|>" in somebody's text is text, never a command
-        self.bpe = bpe
-
+        self.bpe = _checked(bpe)
+        bpe.encode_special_tokens = True  # "<|end|>" in a text is text, no command
     def __len__(self) -> int: return self.bpe.get_vocab_size()
 
     def encode(self,
         text: str,        # any text, also empty
-    ) -> list[int]:       # ids below V
+    ) -> list[int]:       # (S,) ids, from 8 to V - 1
         "Token ids of a text; never special ones"
-        return self.bpe.encode(text).ids
+        try: return self.bpe.encode(text).ids
+        except TypeError: raise _no_text(text) from None
 
     def encode_many(self,
         texts: list[str],  # texts to encode together, on all threads
-    ) -> list[list[int]]:
+    ) -> list[list[int]]:  # the ids of each
         "Token ids of several texts"
-        return [e.ids for e in self.bpe.encode_batch(texts)]
+        try: return [e.ids for e in self.bpe.encode_batch(texts)]
+        except TypeError: return [self.encode(text) for text in texts]  # names the bad one
 
     def decode(self,
         ids: Iterable[int],  # token ids; special ones are left out
-    ) -> str:
-        "The text of token ids; bytes that are no UTF-8 become the replacement character"
+    ) -> str:                # the text; what is no UTF-8 becomes U+FFFD
+        "The text of token ids"
         return self.bpe.decode([i for i in ids if i >= len(SPECIALS)])
 
-# %% ../nbs/09_tokenizer.ipynb #e39e6e39
+# %% ../nbs/09_tokenizer.ipynb #452d496c
 def train_tokenizer(
     texts: Iterable[str],     # what to learn the merges from
-    vocab_size: int = 4096,   # V, tokens in all: specials, 256 bytes, merges
+    vocab_size: int = 4096,   # V, most tokens: marks, 256 bytes, merges; 264 and more
     progress: bool = False,   # show a progress bar
-) -> Tokenizer:
+) -> Tokenizer:               # smaller than V if the texts have too few pairs
     "Learn a byte-level BPE from texts"
     least = 256 + len(SPECIALS)
-    if vocab_size < least: raise ValueError(f"vocab_size is {vocab_size}, expected at least {least}: 256 bytes and {len(SPECIALS)} special tokens")
+    if vocab_size < least:
+        raise ValueError(f"vocab_size is {vocab_size}, expected at least {least}: "
+                         f"256 bytes and {len(SPECIALS)} special tokens")
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -76,46 +98,57 @@ def save_tokenizer(
     part.write_text(tokenizer.bpe.to_str(), encoding="utf-8")
     part.replace(path)
 
-# %% ../nbs/09_tokenizer.ipynb #1e68d766
+# %% ../nbs/09_tokenizer.ipynb #4c853ba2
 def load_tokenizer(
     path: str | Path,  # a file that `save_tokenizer` wrote
 ) -> Tokenizer:
     "Read a tokenizer; a file that is none is an error in one line"
     try: text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError: raise FileNotFoundError(f"{path}: no tokenizer here; train one first with `muomni train text`") from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no tokenizer here; train one first with "
+                                "`muomni train text`") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a tokenizer (not a text file)") from None
     try: return Tokenizer(tokenizers.Tokenizer.from_str(text))
-    except Exception as e: raise ValueError(f"{path}: not a tokenizer ({e})") from None
+    except Exception as e:
+        raise ValueError(f"{path}: not a tokenizer ({e})") from None
 
-# %% ../nbs/09_tokenizer.ipynb #f699b7c5
+# %% ../nbs/09_tokenizer.ipynb #0fcfc53d
 def encode_chat(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer,             # whose ids are wanted
     messages: list[tuple[str, str]],  # (role, text) with role "user" or "assistant"
     answer: bool = False,             # end with the mark that asks for an answer
-) -> tuple[list[int], list[bool]]:    # ids, and for each whether it is part of an answer
+) -> tuple[list[int], list[bool]]:    # ids, and for each whether it is to be learned
     "A conversation as ids: mark of the role, text, mark of the end, for each message"
     ids, learn = [], []
     marks = dict(user=tokenizer.user, assistant=tokenizer.assistant)
     for role, text in messages:
-        if role not in marks: raise ValueError(f"role is {role!r}, expected 'user' or 'assistant'")
+        if role not in marks:
+            raise ValueError(f"role is {role!r}, expected 'user' or 'assistant'")
         body = tokenizer.encode(text) + [tokenizer.end]
         ids += [marks[role], *body]
         learn += [False] + [role == "assistant"] * len(body)
     return (ids + [tokenizer.assistant], learn + [False]) if answer else (ids, learn)
 
-# %% ../nbs/09_tokenizer.ipynb #e09ef2b2
+# %% ../nbs/09_tokenizer.ipynb #60ab52ed
 class TextStream:
     "Text of tokens that come one by one: gives out only whole characters"
     def __init__(self,
         tokenizer: Tokenizer,  # whose ids will come
     ):
-        self.tokenizer, self.ids, self.given = tokenizer, [], 0
+        self.tokenizer, self.tail = tokenizer, []
 
     def push(self,
         token: int,  # the next id
     ) -> str:        # what can be shown now, perhaps nothing
         "Take one more token, give out the characters that are complete"
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd"): return ""     # a character is still missing bytes
-        new, self.given = text[self.given:], len(text)
-        return new
+        self.tail.append(token)
+        text = self.tokenizer.decode(self.tail)
+        if text.endswith("\ufffd"): return ""  # a character still lacks bytes
+        self.tail = []
+        return text
+
+    def finish(self) -> str:  # "" unless the last character is broken
+        "What was held back, when no token will come any more"
+        text, self.tail = self.tokenizer.decode(self.tail), []
+        return text

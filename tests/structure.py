@@ -21,11 +21,12 @@ SAME_FLOOR = {
     "nn.block": "config nn.gqa nn.mlp nn.moe nn.norm nn.cache",
     "data.english": "data.words",
     "data.scenes": "data.words",
-    "data.world": "data.scenes data.words",
+    "data.questions": "data.scenes data.words",
+    "data.facts": "data.questions data.scenes data.words",
+    "data.world": "data.facts data.questions data.scenes data.words",
     "data.make": "data.world data.scenes data.english data.words data.packing",
     "train.loop": "train.optim train.checkpoint",
     "train.text": "train.loop train.optim train.checkpoint",
-    "cli": "",
 }
 CELL_LINES, NOTEBOOK_KB, ALL_MB = 30, 400, 10
 EXPORTS = {"export", "exports", "exporti"}

@@ -275,7 +275,7 @@ def write_wave(
         sound.setframerate(rate)
         sound.writeframes(struct.pack(f"<{len(samples)}h", *samples))
 
-# %% ../../nbs/35c_make.ipynb #5bf381c4
+# %% ../../nbs/35c_make.ipynb #3ce2d41b
 def write_examples(
     out,  # folder for the three files
 ) -> list:  # their paths
@@ -285,4 +285,5 @@ def write_examples(
     write_wave(folder / "sample_audio.wav", chime())
     with whole_file(folder / "sample_text.txt") as file:
         file.writelines(dialogue_line(seed, "train") + "\n" for seed in range(12))
-    return [folder / f"sample_{name}" for name in ("image.png", "audio.wav", "text.txt")]
+    names = ("image.png", "audio.wav", "text.txt")
+    return [folder / f"sample_{name}" for name in names]

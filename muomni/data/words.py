@@ -45,10 +45,11 @@ NAMES = ("ada", "alan", "anna", "ben", "clara", "dan", "emma", "eva", "felix",
          "lucy", "mary", "max", "nina", "noah", "oscar", "paul", "peter",
          "rosa", "sam", "sara", "tom", "tina", "will", "zoe")
 
-# %% ../../nbs/35e_words.ipynb #69d1fbe3
+# %% ../../nbs/35e_words.ipynb #19ee9337
 _OPPOSITES = """hot cold|good bad|old new|fast slow|up down|in out|day night|
 yes no|happy sad|hard soft|wet dry|full empty|open closed|light dark|early late|
-high low|long short|near far|strong weak|wide narrow|loud quiet|clean dirty|right wrong|easy difficult|first last|
+high low|long short|near far|strong weak|wide narrow|loud quiet|
+clean dirty|right wrong|easy difficult|first last|
 front back|north south|east west|summer winter|always never|more less|
 before after|true false|start finish|push pull|give take|
 love hate|win lose|laugh cry|awake asleep"""

@@ -39,7 +39,7 @@ def sequence_mask(
     # a padded query may look at itself: a row with nothing to look at would be 0/0
     return mask | torch.eye(T, dtype=torch.bool, device=like.device)
 
-# %% ../../nbs/07_attention.ipynb #a9b4c585
+# %% ../../nbs/07_attention.ipynb #e471d80a
 def attend(
     q: Tensor,                   # (B, H, Tq, E) queries
     k: Tensor,                   # (B, G, Tk, E) keys; G divides H, Tk >= Tq
@@ -58,5 +58,16 @@ def attend(
     # torch's `is_causal` puts the first query at place 0; ours stand at the end
     if mask is None and Tq != Tk: mask = causal_mask(Tq, Tk, q.device)
     if G < H: k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return _attend_in_steps(q, k, v, mask)
     causal = mask is None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+# %% ../../nbs/07_attention.ipynb #56000734
+def _attend_in_steps(q, k, v, mask):
+    "The formula itself, for autocast on a CPU: two fast products and a softmax"
+    if mask is None: mask = causal_mask(q.shape[2], k.shape[2], q.device)
+    shut = torch.zeros(mask.shape, dtype=torch.bfloat16, device=q.device)
+    shut = shut.masked_fill_(~mask, -torch.inf)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + shut
+    return scores.softmax(-1, dtype=torch.bfloat16) @ v

@@ -53,9 +53,9 @@ def _begin_uneven(cache, tokens, valid):
     slots = torch.arange(cache.longest, device=device)
     return positions, (slots <= positions[..., None])[:, None]  # (B, 1, T, longest)
 
-# %% ../../nbs/14_cache.ipynb #df22a170
-class KVCache:
-    "Keys and values of all layers, in memory that is set aside once"
+# %% ../../nbs/14_cache.ipynb #0e78aa2c
+class _Memory:
+    "What a cache holds: keys and values, and how many of them"
     def __init__(self,
         layers: int,      # L, number of blocks
         batch: int,       # B, sequences that are decoded together
@@ -73,6 +73,9 @@ class KVCache:
         self.longest = 0   # of `lengths`; kept here so that nobody asks the device
         self.slots = None  # where this step writes: a slice, or (B, T) slots
 
+# %% ../../nbs/14_cache.ipynb #a5c1ec63
+class KVCache(_Memory):
+    "Keys and values of all layers, in memory that is set aside once"
     def begin(self,
         batch: int,                   # B, must be that of the cache
         tokens: int,                  # T, new tokens in each row, padding included

@@ -12,7 +12,14 @@ from .cache import KVCache
 from .norm import RMSNorm
 from .rope import rotate
 
-# %% ../../nbs/15_gqa.ipynb #fcc12cca
+# %% ../../nbs/15_gqa.ipynb #951e25b6
+def _check_heads(heads, kv_heads):
+    "Refuse groups of unequal size, in words"
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{heads} heads cannot share {kv_heads} key/value heads: "
+                         "the second number must divide the first")
+
+# %% ../../nbs/15_gqa.ipynb #40cf270e
 class GroupedQueryAttention(nn.Module):
     "Attention whose query heads share normalised, rotated key/value heads"
     def __init__(self,
@@ -23,14 +30,11 @@ class GroupedQueryAttention(nn.Module):
         norm_eps: float = 1e-6,  # of the query and key norms
     ):
         super().__init__()
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"{heads} heads cannot share {kv_heads} key/value "
-                             "heads: the second must divide the first")
+        _check_heads(heads, kv_heads)
         self.split, self.head_width = [heads, kv_heads, kv_heads], head_width
         self.qkv = nn.Linear(width, sum(self.split) * head_width, bias=False)
         self.out = nn.Linear(heads * head_width, width, bias=False)
-        self.q_norm = RMSNorm(head_width, norm_eps)
-        self.k_norm = RMSNorm(head_width, norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(head_width, norm_eps) for _ in "qk")
 
     def forward(self,
         x: Tensor,                      # (B, T, D) normalised states

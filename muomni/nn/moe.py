@@ -12,24 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .mlp import SwiGLU
 
-# %% ../../nbs/17_moe.ipynb #dc83fa3d
+# %% ../../nbs/17_moe.ipynb #ad48643b
 def route(
     logits: Tensor,   # (N, X) router scores of N tokens
-    per_token: int,   # experts that each token visits
+    per_token: int,   # k, experts that each token visits
     capacity: int,    # most tokens per expert
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Probabilities (N, X), experts, weights and places (N, per_token); place >= capacity = dropped"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # of shapes (N, X) and thrice (N, k)
+    "Probabilities; experts, weights and places of each token. Dropped: weight 0"
     probs = logits.float().softmax(-1)
     weights, experts = probs.topk(per_token, -1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    # first choices stand in line before second choices: count along (per_token, N)
-    line = F.one_hot(experts.t().flatten(), logits.shape[1])            # (per_token * N, X)
+    if per_token > 1:   # a single weight of 1 would leave the router no gradient
+        weights = weights / weights.sum(-1, keepdim=True)
+    # first choices stand in line before second choices: count along (k, N)
+    line = F.one_hot(experts.t().flatten(), logits.shape[1])        # (k * N, X)
     places = ((line.cumsum(0) - 1) * line).sum(-1).view(per_token, -1).t()
-    return probs, experts, weights, places
+    return probs, experts, weights * (places < capacity), places
 
-# %% ../../nbs/17_moe.ipynb #5b0a909d
+# %% ../../nbs/17_moe.ipynb #c6ef6b80
 def balance_loss(
-    routing: list[tuple[Tensor, Tensor]],  # (probabilities (N, X), experts (N, k)) per layer
+    routing: list[tuple[Tensor, Tensor]],  # per layer (N, X) and (N, k), of `route`
 ) -> Tensor:                               # 0-dim; 1 when all experts are used alike
     "Experts times the sum over experts of (share of choices) x (mean probability)"
     losses = []
@@ -39,18 +40,20 @@ def balance_loss(
         losses.append(X * (share * probs.mean(0)).sum())
     return torch.stack(losses).mean()
 
-# %% ../../nbs/17_moe.ipynb #2784de26
+# %% ../../nbs/17_moe.ipynb #e9fa9944
 class MixtureOfExperts(nn.Module):
     "Several SwiGLUs; a router sends each token to a few of them"
     def __init__(self,
         width: int,          # D, features of a state
         hidden: int,         # features between, of each expert
         experts: int,        # X, number of experts
-        per_token: int = 2,  # experts that each token visits
+        per_token: int = 2,  # k, experts that each token visits
         capacity_factor: float = 1.25,  # room per expert in training, in equal shares
     ):
         super().__init__()
-        if not 1 <= per_token <= experts: raise ValueError(f"{per_token} experts per token of {experts} experts: expected 1 to {experts}")
+        if not 1 <= per_token <= experts:
+            raise ValueError(f"{per_token} experts per token of {experts} experts: "
+                             f"expected 1 to {experts}")
         self.per_token, self.capacity_factor = per_token, capacity_factor
         self.router = nn.Linear(width, experts, bias=False)
         self.experts = nn.ModuleList(SwiGLU(width, hidden) for _ in range(experts))
@@ -58,18 +61,20 @@ class MixtureOfExperts(nn.Module):
     def capacity(self,
         tokens: int,  # N, tokens in the batch
     ) -> int:
-        "Most tokens that one expert takes; only training drops, so that answers never depend on neighbours"
+        "Room per expert; only training drops, so that no answer depends on neighbours"
         if not self.training: return tokens
-        return math.ceil(self.capacity_factor * tokens * self.per_token / len(self.experts))
+        share = tokens * self.per_token / len(self.experts)
+        return math.ceil(self.capacity_factor * share)
 
     def forward(self,
         x: Tensor,                    # (..., D)
-        routing: list | None = None,  # receives (probabilities, experts) for `balance_loss`
+        routing: list | None = None,  # receives (probabilities, experts)
     ) -> Tensor:                      # (..., D)
         "Route, let each expert work on its own tokens, add up by weight"
         flat = x.reshape(-1, x.shape[-1])
         capacity = self.capacity(len(flat))
-        probs, chosen, weights, places = route(self.router(flat), self.per_token, capacity)
+        logits = self.router(flat)
+        probs, chosen, weights, places = route(logits, self.per_token, capacity)
         if routing is not None: routing.append((probs, chosen))
         y = torch.zeros_like(flat)
         for i, expert in enumerate(self.experts):

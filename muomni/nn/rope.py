@@ -20,13 +20,14 @@ def rope_frequencies(
                          "features turn in pairs")
     return theta ** -(torch.arange(0, head_width, 2).float() / head_width)
 
-# %% ../../nbs/08_rope.ipynb #9e6719fd
+# %% ../../nbs/08_rope.ipynb #9c90e4c0
 def rotate(
     x: Tensor,      # (B, H, T, E) queries or keys
     cos: Tensor,    # (B or 1, 1, T, E) from `Rope`
     sin: Tensor,    # (B or 1, 1, T, E) from `Rope`, signed
 ) -> Tensor:        # (B, H, T, E)
     "Turn each pair of features (i, i + E/2) by its position's angle"
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)     # under autocast x is bfloat16
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 # %% ../../nbs/08_rope.ipynb #a551c522
