@@ -174,20 +174,22 @@ def _check_training(
     _need(c.batch_tokens >= least, section, "batch_tokens", c.batch_tokens,
           f"at least sequence x accumulate ({least})")
 
-# %% ../nbs/34_config.ipynb #ec9175f8
+# %% ../nbs/34_config.ipynb #9a2f772d
 @dataclass(frozen=True)
 class DataConfig:
     "What a stage is trained on."
-    dialogue_share: float = 0.35  # share of the tokens that is dialogue, 0 to 1
+    dialogue_share: float = 0.5   # share of the tokens that is dialogue, 0 to 1
+    dialogue_weight: float = 0.6  # share of the loss that is dialogue, 0 to 1
+    most_turns: int = 8           # longest dialogue in training, in turns
     valid_tokens: int = 40000     # tokens of real English in a validation
     valid_dialogues: int = 200    # dialogues answered in a validation
 
     def __post_init__(self):
         _check_types(self, "data_params")
-        share = self.dialogue_share
-        _need(0 <= share <= 1, "data_params", "dialogue_share", share,
-              "a share from 0 to 1")
-        _need_positive(self, "data_params", "valid_tokens valid_dialogues")
+        for key in ("dialogue_share", "dialogue_weight"):
+            share = getattr(self, key)
+            _need(0 <= share <= 1, "data_params", key, share, "a share from 0 to 1")
+        _need_positive(self, "data_params", "most_turns valid_tokens valid_dialogues")
 
 # %% ../nbs/34_config.ipynb #cc986316
 @dataclass(frozen=True)

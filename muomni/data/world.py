@@ -38,10 +38,10 @@ class Dialogue:
             said[0] = ("user", f"{caption(self.scene)} {said[0][1]}")
         return said
 
-# %% ../../nbs/35a_world.ipynb #a38e2850
-def _about_scene(dice, split, seed):
+# %% ../../nbs/35a_world.ipynb #0894e6f4
+def _about_scene(dice, split, seed, most):
     scene, turns, focus = roll_scene(dice, split), [], None
-    while len(turns) < 1 or (len(turns) < 4 and dice.chance(0.65)):
+    while len(turns) < 1 or (len(turns) < most and dice.chance(1 - 1.4 / most)):
         last = turns[-1].kind if turns else None
         turn, focus = scene_turn(dice, scene, split, focus, last)
         if any(turn.question == old.question for old in turns):
@@ -49,10 +49,10 @@ def _about_scene(dice, split, seed):
         turns.append(turn)
     return Dialogue(tuple(turns), scene, split, seed)
 
-# %% ../../nbs/35a_world.ipynb #85b2ce22
-def _about_words(dice, split, seed):
+# %% ../../nbs/35a_world.ipynb #0ff3067e
+def _about_words(dice, split, seed, most):
     turns, topic, memory = [], None, {}
-    while len(turns) < 1 or (len(turns) < 4 and dice.chance(0.65)):
+    while len(turns) < 1 or (len(turns) < most and dice.chance(1 - 1.4 / most)):
         own = split != "train" and dice.chance(0.8)
         found = word_turn(dice, split, own, topic, memory)
         if found is None or any(found[0].question == old.question for old in turns):
@@ -61,16 +61,17 @@ def _about_words(dice, split, seed):
         turns.append(turn)
     return Dialogue(tuple(turns), None, split, seed)
 
-# %% ../../nbs/35a_world.ipynb #db2214e7
+# %% ../../nbs/35a_world.ipynb #e529ac77
 def make_dialogue(
     seed: int,  # 0, 1, 2, ...: the dialogue is a pure function of seed and split
     split: str = "train",  # "valid" and "test" hold at least one held-out turn
+    most: int = 4,  # longest dialogue, in turns
 ) -> Dialogue:
-    "A dialogue of one to four turns, about a scene or about none."
+    "A dialogue of one to `most` turns, about a scene or about none."
     dice = Dice(seed, split)
     make = _about_scene if dice.chance(0.5) else _about_words
     while True:
-        dialogue = make(dice, split, seed)
+        dialogue = make(dice, split, seed, most)
         if split == "train" or any(turn.held_out for turn in dialogue.turns):
             return dialogue
 

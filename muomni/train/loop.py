@@ -139,18 +139,18 @@ class Run:
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
 
-# %% ../../nbs/26_loop.ipynb #3dab9bc1
+# %% ../../nbs/26_loop.ipynb #e75a0522
 def start_run(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train
     folder: str | Path,    # where log and state live
 ) -> Run:
-    "Make the optimizer, choose the precision, go on from a saved state if there is one"
+    "Optimizer and precision; goes on from a saved state if there is one"
     c, folder = config, Path(folder)
     device = next(task.model.parameters()).device.type
     optimizer = make_optimizer(task.model, c.optimizer, c.lr, c.adam_lr, c.weight_decay)
-    p = load_state(folder / "state.pt", task.model, optimizer)
-    if p is None: p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0)
+    p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0)
+    p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
     if "precision" not in p:
         p["precision"] = str(choose_precision(c.precision, device)).removeprefix("torch.")
@@ -246,7 +246,7 @@ def _closing(logs):
     finally:
         for log in logs: log.close()
 
-# %% ../../nbs/26_loop.ipynb #075336fa
+# %% ../../nbs/26_loop.ipynb #512ad7c3
 def _whole_step(run, show, logs):
     "A step, and what is due after it: plan, validate, log, save, tell"
     p, c = run.progress, run.config
@@ -259,8 +259,8 @@ def _whole_step(run, show, logs):
         p["plan"] = show.total = planned_steps(c.steps, REPLAN, p["seconds"], c.minutes,
                                                p.get("first", 0.0))
     row |= dict(seconds=round(p["seconds"], 2), tokens=p["tokens"], figures="")
-    if run.task.validate and (p["step"] == p["plan"] or p["step"] % c.validate_every == 0):
-        row["figures"] = _validate(run)
+    due = p["step"] == p["plan"] or p["step"] % c.validate_every == 0
+    if run.task.validate and due: row["figures"] = _validate(run)
     for log in logs: log.add(**row)
     if p["step"] % c.save_every == 0:
         save_state(run.folder / "state.pt", run.task.model, run.optimizer, p)
@@ -307,7 +307,12 @@ def _figures(text):
     "'a=1 b=2' -> {'a': 1.0, 'b': 2.0}"
     return {k: float(v) for k, v in (part.split("=") for part in (text or "").split())}
 
-# %% ../../nbs/26_loop.ipynb #bbae7ff1
+# %% ../../nbs/26_loop.ipynb #e3228949
+def _unit(tokens):
+    "What to count in"
+    return (1e6, "million") if tokens >= 1e6 else (1e3, "thousand")
+
+# %% ../../nbs/26_loop.ipynb #a776e992
 def plot_log(
     path: str | Path,   # log.csv of a run
 ):                      # a matplotlib Figure, saved as training.png beside the log
@@ -315,17 +320,19 @@ def plot_log(
     from matplotlib.figure import Figure
     from muomni.draw import palette, use_style
     rows = _read_csv(path)
-    found = [(int(r["tokens"]) / 1e6, _figures(r["figures"])) for r in rows]
+    size, unit = _unit(max((int(r["tokens"]) for r in rows), default=0))
+    found = [(int(r["tokens"]) / size, _figures(r["figures"])) for r in rows]
     names = list(dict.fromkeys(k for _, figures in found for k in figures))
     with use_style():
-        fig = Figure(figsize=(3.4 * (1 + len(names)), 2.8))
+        fig = Figure(figsize=(max(3.4, 2.4 * (1 + len(names))), 2.5))
         axes = fig.subplots(1, 1 + len(names), squeeze=False)[0]
         axes[0].plot([t for t, _ in found], [float(r["loss"]) for r in rows],
                      color=palette.blue, lw=1)
-        axes[0].set(xlabel="tokens (million)", title="loss (nats)")
+        axes[0].set(title="loss (nats)")
         for ax, name in zip(axes[1:], names):
             points = [(t, figures[name]) for t, figures in found if name in figures]
             ax.plot(*zip(*points), color=palette.green, marker=".")
-            ax.set(xlabel="tokens (million)", title=name.replace("_", " "))
+            ax.set(title=name.replace("_", " "))
+        for ax in axes: ax.set(xlabel=f"tokens ({unit})"); ax.locator_params("x", nbins=4)
         fig.savefig(Path(path).parent / "training.png")
     return fig

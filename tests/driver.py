@@ -1,0 +1,50 @@
+"""Run as a child process: `muomni` over a short text in one thread, which may be killed at a chosen place.
+
+KILL_STEP=n     ends the process before step n by SIGNAL (9 = as a power cut, 2 = as Ctrl-C)
+KILL_WRITE=n    ends it in the middle of writing state.pt for the n-th time
+SLOW_ANSWER=1   answers come slowly and never end: for Ctrl-C in a conversation"""
+import os, signal, sys, time
+if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import small
+import muomni.data.english
+
+muomni.data.english.build = lambda: (small.TEXTS, {})
+
+
+def kill_at_step(n, number):
+    import muomni.train.loop as loop
+    step = loop.one_step
+    def one_step(run):
+        if run.progress["step"] == n: os.kill(os.getpid(), number)
+        return step(run)
+    loop.one_step = one_step
+
+
+def kill_in_write(n):
+    sync, seen = os.fsync, []
+    def fsync(fd):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if "state.pt" in name:
+            seen.append(name)
+            if len(seen) == n:
+                os.ftruncate(fd, os.fstat(fd).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return sync(fd)
+    os.fsync = fsync
+
+
+def slow_answers():
+    import muomni.chat as chat
+    def generate(model, ids, sampling, *rest):
+        while True:
+            time.sleep(0.02)
+            yield 8 + ord("x") - ord("!")     # some printable byte: ids 8 ... are the bytes
+    chat.generate = generate
+
+
+if __name__ == "__main__":
+    if "KILL_STEP" in os.environ: kill_at_step(int(os.environ["KILL_STEP"]), int(os.environ.get("SIGNAL", 9)))
+    if "KILL_WRITE" in os.environ: kill_in_write(int(os.environ["KILL_WRITE"]))
+    if "SLOW_ANSWER" in os.environ: slow_answers()
+    from muomni.cli import main
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The command line as a user meets it: results, remarks, exit statuses, help, a conversation at a terminal."""
+import io, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+import muomni.cli as cli
+from small import call, child_environment, few_texts, HERE, make_checkpoint, muomni_child, one_line, read_json, settings
+
+COMMANDS = ["check", "bench", "data", "train", "chat", "eval"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory): return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+# ---- help
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples_that_parse(command):
+    status, out, err = call(command, "--help")
+    assert (status, err) == (0, "") and "--debug" in out
+    examples = re.findall(rf"^  muomni ({command}.*)$", out.split("examples:")[1], re.M)
+    assert examples
+    for line in examples: cli.parser().parse_args(__import__("shlex").split(re.sub(r" [<>] \S+", "", line)))
+
+
+def test_main_help_and_version():
+    status, out, err = call("--help")
+    assert (status, err) == (0, "") and all(c in out for c in COMMANDS) and "exit status: 0 done" in out
+    assert call("--version")[:2] == (0, f"muomni {__import__('muomni').__version__}\n")
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; from muomni.cli import main; main(['train', '--help']); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+def test_wrong_use():
+    one_line(*call(), 2, "COMMAND", "muomni --help")
+    one_line(*call("sing"), 2, "sing", "train")
+    one_line(*call("train", "pictures"), 2, "pictures", "muomni train --help")
+    one_line(*call("chat", "--max-tokens", "many"), 2, "many", "whole number")
+    one_line(*call("eval", "--dialogues", "0"), 2, "whole number")
+
+
+# ---- --json: the result and nothing else
+
+def talk_by_the_way(monkeypatch, target):
+    "A part of the package that prints, as a library may"
+    module, name = target.rsplit(".", 1)
+    module = __import__(module, fromlist=["x"])
+    real = getattr(module, name)
+    def noisy(*a, **k):
+        print("library: using 2 threads")
+        return real(*a, **k)
+    monkeypatch.setattr(module, name, noisy)
+
+
+def test_chat_json(checkpoint, monkeypatch):
+    talk_by_the_way(monkeypatch, "muomni.chat.load_thinker")
+    status, out, err = call("chat", "--checkpoint", checkpoint, "--text", "hello", "--max-tokens", "5", "--json")
+    result = read_json(out)
+    assert status == 0 and set(result) == {"reply", "total_ms", "note"} and result["note"] == "" and "library" in err
+
+
+def test_eval_json(checkpoint, monkeypatch):
+    few_texts(monkeypatch)
+    talk_by_the_way(monkeypatch, "muomni.evaluate.text_scores")
+    monkeypatch.setattr("muomni.evaluate.ngram_exact", lambda *a, **k: 0.0)
+    folder = make_checkpoint(checkpoint.parent / "judged", context=1024)
+    status, out, err = call("eval", "--checkpoint", folder, "--dialogues", "3", "--json")
+    card = read_json(out)
+    assert status == 0 and card["split"] == "test" and 0 <= card["text"]["exact"] <= 1 and card["text"]["bits_per_byte"] > 0
+    assert json.loads((folder / "scorecard.json").read_text()) == card and "judging" in err
+    from muomni.evaluate import table
+    monkeypatch.setattr("muomni.evaluate.evaluate", lambda *a: card)
+    assert call("eval", "--checkpoint", folder)[1] == table(card) + "\n"
+
+
+def test_bench_json(monkeypatch):
+    row = dict(tokens_per_second=300, transformers=100, times_faster=3.0)
+    result = dict(preset="thinker_nano", threads=1, precision="float32", matmul_gflops=dict(float32=1, bfloat16=2), import_seconds=0.1,
+                  decode=dict(row, last_over_first=1.1, same_tokens=True), train=dict(float32=dict(row, share_of_peak=0.5)), peak_memory_mb=9)
+    asked = []
+    monkeypatch.setattr("muomni.bench.bench", lambda *a: asked.append(a) or result)
+    talk_by_the_way(monkeypatch, "muomni.bench.bench")
+    status, out, err = call("bench", "--preset", "nano", "--threads", "1", "--json")
+    assert status == 0 and read_json(out) == result and asked == [("thinker_nano", 1)]
+    status, out, err = call("bench", "--preset", "nano")
+    assert status == 0 and "300 tokens/s, 3.0 x transformers (100)" in out and asked[-1] == ("thinker_nano", 0)
+
+
+def test_data_json(tmp_path):
+    status, out, err = call("data", "make", "--out", tmp_path, "--what", "images", "ocr", "--count", "10", "--json")
+    made = read_json(out)
+    assert status == 0 and set(made) == {"images", "ocr", "examples"} and made["images"]["asked"]["train"] == 10
+    assert sorted(p.name for p in (tmp_path / "examples").iterdir()) == ["sample_audio.wav", "sample_image.png", "sample_text.txt"]
+    assert all(Path(p).exists() for p in made["examples"])
+    status, out, err = call("data", "make", "--out", tmp_path, "--what", "images", "--count", "10")
+    assert status == 0 and out == f"written to {tmp_path}: images, examples\n"
+
+
+def test_commands_say_what_they_print(checkpoint):
+    "Without --json: the answer as it is, one line"
+    status, out, err = call("chat", "--checkpoint", checkpoint, "--text", "hello", "--max-tokens", "3")
+    assert status == 0 and err == "" and out.endswith("\n")
+    assert out[:-1] == read_json(call("chat", "--checkpoint", checkpoint, "--text", "hello", "--max-tokens", "3", "--json")[1])["reply"]
+
+
+# ---- check
+
+@pytest.fixture
+def quick_check(monkeypatch):
+    monkeypatch.setattr(cli, "omni_minutes", lambda: (9.4, 0.43))
+    monkeypatch.setattr(cli, "_use_all_cores", lambda: None)
+
+
+def test_check(quick_check, monkeypatch):
+    talk_by_the_way(monkeypatch, "muomni.cli.check_packages")
+    status, out, err = call("check", "--json")
+    r = read_json(out)
+    assert status == 0 and {"torch", "torchaudio", "torchvision", "transformers"} <= set(r["packages"])
+    assert all(r["packages"][n][0] == "ok" for n in cli.NEEDED) and r["omni_minutes"] == 9.4 and r["device"] and r["device_why"]
+    rates = r["matmul_gflops"]
+    assert r["precision"] in rates and all(v >= 0 for v in rates.values())
+    status, out, err = call("check")
+    assert status == 0 and "about 9 minutes" in out and "GFLOP/s in bfloat16" in out
+
+
+@pytest.mark.parametrize("name", ["torchaudio", "torchvision"])
+def test_check_finds_what_cannot_load(name, quick_check, monkeypatch, tmp_path):
+    "A library built for another torch is installed, and fails on import"
+    (tmp_path / f"{name}.py").write_text("raise OSError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for m in [m for m in sys.modules if m.split(".")[0] == name]: monkeypatch.delitem(sys.modules, m)
+    status, out, err = call("check", "--json")
+    state, why = read_json(out)["packages"][name]
+    assert status == 1 and state == "broken" and "undefined symbol" in why and "pip install" in why and f"to mend: {name}" in err
+
+
+def test_check_finds_what_is_missing(quick_check, monkeypatch):
+    monkeypatch.setattr(cli, "NEEDED", (*cli.NEEDED, "torchtaste"))
+    status, out, err = call("check")
+    assert status == 1 and re.search(r"^torchtaste +missing +pip install", out, re.M) and "torchtaste" in err
+
+
+def test_check_without_torch_still_speaks(monkeypatch):
+    monkeypatch.setattr(cli, "_try_import", lambda name: ("missing", "pip install -e .") if name == "torch" else ("ok", ""))
+    monkeypatch.setattr(cli, "_speed", lambda: pytest.fail("measured without torch"))
+    status, out, err = call("check")
+    assert status == 1 and "without torch nothing can be measured" in out
+
+
+def test_check_finds_a_version_out_of_range(quick_check, monkeypatch):
+    from importlib import metadata
+    monkeypatch.setattr(metadata, "requires", lambda name: ["tqdm<1", "numpy>=1", "nbdev==0.1; extra == 'dev'"])
+    status, out, err = call("check", "--json")
+    p = read_json(out)["packages"]
+    assert status == 1 and p["tqdm"][0] == "conflict" and "<1 is needed" in p["tqdm"][1] and p["numpy"][0] == "ok" and p["nbdev"][0] == "conflict"
+    assert err.strip().endswith("to mend: tqdm")
+
+
+def test_omni_minutes(monkeypatch):
+    "The figure comes from a measured rate: steps of training and what else there is, at most the budget"
+    monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: 8192 / 0.1)
+    minutes, step = cli.omni_minutes()
+    assert step == pytest.approx(0.1) and minutes == pytest.approx(1000 * 0.1 / 60 + 2)
+    monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: 8192 / 60)
+    assert cli.omni_minutes()[0] == pytest.approx(8 + 2)
+
+
+# ---- errors
+
+def test_unforeseen_error_is_one_line_too(checkpoint, monkeypatch):
+    def broken(folder): raise KeyError("progress\nand more")
+    monkeypatch.setattr("muomni.chat.load_thinker", broken)
+    words = ("chat", "--checkpoint", checkpoint, "--text", "hello")
+    one_line(*call(*words), 1, "KeyError", "--debug")
+    with pytest.raises(KeyError): call(*words, "--debug")
+    with pytest.raises(KeyError): call("--debug", *words)
+
+
+def test_ctrl_c_is_130(checkpoint, monkeypatch):
+    def stopped(folder): raise KeyboardInterrupt
+    monkeypatch.setattr("muomni.chat.load_thinker", stopped)
+    one_line(*call("chat", "--checkpoint", checkpoint, "--text", "hello"), 130, "stopped")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_reader_that_leaves(checkpoint):
+    "muomni chat < questions | true: no complaint from Python's flush"
+    code = "import sys; from muomni.cli import main; sys.exit(main())"
+    r, w = os.pipe()
+    os.close(r)
+    p = subprocess.run([sys.executable, "-c", code, "chat", "--checkpoint", str(checkpoint), "--max-tokens", "2"], stdout=w,
+                       stderr=subprocess.PIPE, input=b"hello\nhello\n", env=child_environment(), timeout=120)
+    os.close(w)
+    assert (p.returncode, p.stderr) == (1, b"")
+
+
+# ---- a conversation
+
+def test_pipe_is_one_conversation(checkpoint, monkeypatch):
+    from muomni.chat import Chat
+    asked = []
+    monkeypatch.setattr(Chat, "ask", lambda self, text: asked.append((id(self), text)) or f"<{text}>")
+    status, out, err = call("chat", "--checkpoint", checkpoint, stdin="\ufeffhello\n\n  what?  \r\n/quit\nlost\n".encode())
+    assert (status, out, err) == (0, "<hello>\n<what?>\n", "") and len({i for i, _ in asked}) == 1
+    status, out, _ = call("chat", "--checkpoint", checkpoint, stdin=b"one\n/reset\ntwo")
+    assert (status, out) == (0, "<one>\n<two>\n")
+
+
+class Terminal:
+    "A program at a pseudo-terminal: type to it, wait for what it shows"
+    def __init__(self, *words, **environment):
+        import pty
+        self.seen = ""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0: os.execve(sys.executable, [sys.executable, str(HERE / "driver.py"), *map(str, words)], child_environment(TERM="dumb", **environment))
+
+    def type(self, text): os.write(self.fd, text.encode() if isinstance(text, str) else text)
+
+    def wait(self, text, limit=90):
+        "Read until `text` was shown; hand out what came, and forget it"
+        import select
+        end = time.monotonic() + limit
+        while text not in self.seen:
+            ready = select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]
+            try: piece = os.read(self.fd, 4096) if ready else b""
+            except OSError: piece = b""
+            assert piece, f"never saw {text!r} in {self.seen!r}"
+            self.seen += piece.decode(errors="replace")
+        came, self.seen = self.seen.split(text, 1)
+        return came
+
+    def end(self):
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.fd)
+        self.pid = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def __enter__(self): return self
+
+    def __exit__(self, *_):
+        if self.pid: os.kill(self.pid, signal.SIGKILL); self.end()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_conversation_at_a_terminal(checkpoint):
+    with Terminal("chat", "--checkpoint", checkpoint, SLOW_ANSWER=1) as t:
+        assert "/reset" in t.wait("you    > ")
+        t.type("hello there\n")
+        t.wait("muomni > ")
+        t.wait("xxx")                                    # the answer is coming
+        t.type("\x03")                                   # Ctrl-C stops it, not the program
+        t.wait("(stopped)"); t.wait("you    > ")
+        t.type("\x03")                                   # Ctrl-C with no answer on its way: still there
+        t.wait("/quit"); t.wait("you    > ")
+        t.type("/help\n")
+        t.wait("/reset forgets"); t.wait("you    > ")
+        t.type("/reset\n")
+        t.wait("starts anew"); t.wait("you    > ")
+        t.type(b"caf\xe9\n")                             # Latin-1: told, not fatal
+        t.wait("not UTF-8"); t.wait("you    > ")
+        t.type("\x1b[A\x1b[A\x1b[A\x1b[A\n" if False else "\x10" * 4 + "\n")     # Ctrl-P, four lines back: the history
+        assert "hello there" in t.wait("muomni > ")
+        t.wait("xxx")
+        t.type("\x03")
+        t.wait("(stopped)"); t.wait("you    > ")
+        t.type("/quit\n")
+        assert t.end() == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_end_of_input_ends_the_conversation(checkpoint):
+    with Terminal("chat", "--checkpoint", checkpoint) as t:
+        t.wait("you    > ")
+        t.type("\x04")
+        assert t.end() == 0
+
+
+# ---- the true thing, once
+
+def test_true_training_then_chat(tmp_path):
+    "`muomni train text` as a process, over the real English, then an answer as JSON"
+    r = muomni_child("train", "text", *settings(steps=3), "--out", tmp_path)
+    assert (r.returncode, r.stdout) == (0, b""), r.stderr.decode()
+    assert {"tokenizer.json"} < {p.name for p in tmp_path.iterdir()}
+    assert {"log.csv", "model.safetensors", "model_metadata.json", "state.pt", "training.json"} <= {p.name for p in (tmp_path / "thinker").iterdir()}
+    metadata = json.loads((tmp_path / "thinker" / "model_metadata.json").read_text())
+    assert metadata["progress"]["step"] == 3 and metadata["data"]["bytes"]["train"] > 1e6
+    r = muomni_child("chat", "--checkpoint", tmp_path, "--text", "hello", "--max-tokens", "4", "--json")
+    assert r.returncode == 0 and r.stderr == b"" and "reply" in read_json(r.stdout.decode())

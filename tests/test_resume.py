@@ -1,0 +1,78 @@
+"""A training that was killed and started again ends with the weights of one that never stopped, bit for bit."""
+import os, signal
+import pytest, torch
+from safetensors.torch import load_file
+from small import call, content, driven_child, few_texts, settings
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "The weights of the training that nobody stopped"
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        status, out, err = call("train", "text", *settings(), "--out", folder)
+    assert (status, out) == (0, ""), err
+    return load_file(folder / "thinker" / "model.safetensors"), (folder / "thinker" / "log.csv").read_text()
+
+
+def go_on(folder):
+    "The same command again, to the end"
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        status, out, err = call("train", "text", *settings(), "--out", folder)
+    assert (status, out) == (0, ""), err
+    return load_file(folder / "thinker" / "model.safetensors"), (folder / "thinker" / "log.csv").read_text()
+
+
+def same(a, b):
+    "Equal weights, and a log with each step once, in order, with the same loss"
+    (wa, la), (wb, lb) = a, b
+    assert wa.keys() == wb.keys() and all(torch.equal(wa[k], wb[k]) for k in wa)
+    rows = [[(r.split(",")[0], r.split(",")[3]) for r in log.splitlines()[1:]] for log in (la, lb)]
+    assert rows[0] == rows[1] and [int(s) for s, _ in rows[0]] == list(range(6))
+
+
+def test_killed_between_saves(straight, tmp_path):
+    "Killed before step 3: state is of step 2, so step 2 is taken again"
+    r = driven_child("train", "text", *settings(), "--out", tmp_path, KILL_STEP=3)
+    assert r.returncode == -signal.SIGKILL, r.stderr
+    assert not (tmp_path / "thinker" / "model.safetensors").exists()
+    same(straight, go_on(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the names of open files")
+def test_killed_in_the_middle_of_a_save(straight, tmp_path):
+    "Half of the second state is on disk: the first still counts"
+    r = driven_child("train", "text", *settings(), "--out", tmp_path, KILL_WRITE=2)
+    assert r.returncode == -signal.SIGKILL, r.stderr
+    assert {"state.pt"} < {p.name for p in (tmp_path / "thinker").iterdir() if "state" in p.name}, "no half-written file: the kill came elsewhere"
+    same(straight, go_on(tmp_path))
+
+
+def test_ctrl_c(straight, tmp_path):
+    "Ctrl-C: the step is finished and saved, one line, status 130; the same command goes on"
+    r = driven_child("train", "text", *settings(save_every=100), "--out", tmp_path, KILL_STEP=3, SIGNAL=signal.SIGINT)
+    assert (r.returncode, r.stdout) == (130, ""), r.stderr
+    said = [l for l in r.stderr.splitlines() if l.startswith("muomni:")]
+    assert said == ["muomni: stopped; the same command goes on from here"] and "Traceback" not in r.stderr
+    assert torch.load(tmp_path / "thinker" / "state.pt", weights_only=True)["progress"]["step"] == 4
+    before = content(tmp_path)
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        status, _, err = call("train", "text", *settings(save_every=100), "--out", tmp_path)
+    assert status == 0, err
+    same(straight, (load_file(tmp_path / "thinker" / "model.safetensors"), (tmp_path / "thinker" / "log.csv").read_text()))
+    assert content(tmp_path)["tokenizer.json"] == before["tokenizer.json"]
+
+
+def test_finished_is_not_done_again(straight, tmp_path):
+    "A finished training: the same command says so and touches nothing"
+    first = go_on(tmp_path)
+    before = content(tmp_path)
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        m.setattr("muomni.train.text.train_text", lambda *a, **k: pytest.fail("trained again"))
+        status, out, err = call("train", "text", *settings(), "--out", tmp_path)
+    assert (status, out) == (0, "") and "done already" in err and content(tmp_path) == before
+    same(straight, first)
