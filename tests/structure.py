@@ -326,7 +326,7 @@ def links(root):
 def python(code, root, **env):
     "What `code` prints in a fresh Python that sees this muomni"
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **env}
-    r = subprocess.run([sys.executable, "-c", code], cwd=tempfile.gettempdir(), env=env, text=True, capture_output=True)
+    r = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, text=True, capture_output=True)
     if r.returncode: raise RuntimeError(r.stderr[-2000:])
     return r.stdout.strip()
 

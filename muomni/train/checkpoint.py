@@ -56,7 +56,7 @@ def _lock_file(
     msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
     return True
 
-# %% ../../nbs/39_checkpoint.ipynb #65329ae0
+# %% ../../nbs/39_checkpoint.ipynb #fe1a4e9f
 @contextlib.contextmanager
 def folder_lock(
     folder: str | Path,  # the output folder of a training; it is made
@@ -73,7 +73,7 @@ def folder_lock(
         try: locked = _lock_file(handle)
         except OSError:
             raise CheckpointError(f"{folder}: another training is at work here; wait "
-                                  "for it or choose another folder with --out") from None
+                "for it or choose another folder with --out") from None
         if not locked: print("note: this system has no file locks; see to it that no "
                              f"second training writes to {folder}", file=sys.stderr)
         _sweep(folder)
@@ -138,15 +138,15 @@ def load_model(
     model.load_state_dict(weights)
     return metadata
 
-# %% ../../nbs/39_checkpoint.ipynb #ca0a3b4e
+# %% ../../nbs/39_checkpoint.ipynb #d0486192
 def _check_fit(path, own, weights):
     "Refuse weights that are too many, too few, or of another shape"
     wrong = [k for k in own.keys() | weights.keys()
              if k not in own or k not in weights or own[k].shape != weights[k].shape]
     if wrong:
         raise CheckpointError(f"{path}: does not fit this model: {len(wrong)} of "
-            f"{len(own)} weights differ in name or shape, the first is "
-            f"{sorted(wrong)[0]}")
+            f"{len(own.keys() | weights.keys())} weights differ in name or shape, the "
+            f"first is {sorted(wrong)[0]}")
 
 # %% ../../nbs/39_checkpoint.ipynb #bae56484
 def save_state(
