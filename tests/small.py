@@ -1,5 +1,5 @@
 """A model, a text and a training so small that a test can afford them, and a child process that may be killed."""
-import json, os, subprocess, sys
+import functools, json, os, subprocess, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
@@ -17,6 +17,23 @@ def settings(**other):
     "The words --set section.key=value ... of the small training"
     sections = dict(model_params=SIZES, training_params={**QUICK, **other}, data_params=HELD)
     return [w for s, kv in sections.items() for k, v in kv.items() for w in ("--set", f"{s}.{k}={v}")]
+
+
+@functools.cache
+def tokenizer():
+    "The tokenizer of all small models"
+    from muomni.data.world import make_dialogue
+    from muomni.tokenizer import train_tokenizer
+    world = [text for i in range(60) for _, text in make_dialogue(i).messages(describe=True)]
+    return train_tokenizer([SENTENCE, "hello, how are you? what is the opposite of hot? cold.", *world], SIZES["vocab_size"])
+
+
+def with_tokenizer(folder):
+    "A folder in which the first part of a training, the slow one, is done"
+    from muomni.tokenizer import save_tokenizer
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer(), Path(folder) / "tokenizer.json")
+    return folder
 
 
 def few_texts(monkeypatch):
@@ -58,15 +75,13 @@ def make_checkpoint(folder, context=256):
     "A folder that `muomni chat` can use: random weights, a tokenizer of a few sentences"
     from muomni.config import config_from_dict
     from muomni.thinker import ThinkerLM
-    from muomni.tokenizer import save_tokenizer, train_tokenizer
     from muomni.train.checkpoint import save_model
     config = config_from_dict(dict(model_params={**SIZES, "context": context}, training_params=dict(sequence=128)))
     torch.manual_seed(0)
     model = ThinkerLM(config.model_params)
     for p in model.parameters():
         if p.dim() > 1: torch.nn.init.normal_(p, std=0.2)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_tokenizer(train_tokenizer([SENTENCE, "hello, how are you? what is the opposite of hot? cold."], SIZES["vocab_size"]), Path(folder) / "tokenizer.json")
+    with_tokenizer(folder)
     save_model(Path(folder) / "thinker", model, dict(config=config.to_dict(), progress=dict(step=0, seconds=0.0, tokens=0)))
     return folder
 

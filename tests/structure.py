@@ -26,6 +26,7 @@ SAME_FLOOR = {
     "data.world": "data.facts data.questions data.scenes data.words",
     "data.make": "data.world data.scenes data.english data.words data.packing",
     "sampling": "thinker",
+    "evaluate": "chat",
     "train.loop": "train.optim train.checkpoint",
     "train.text": "train.loop train.optim train.checkpoint",
 }

@@ -2,7 +2,7 @@
 import json, os, shutil, threading
 from pathlib import Path
 import pytest
-from small import HELD, QUICK, SIZES, call, content, few_texts, make_checkpoint, one_line, read_json, settings
+from small import HELD, QUICK, SIZES, call, content, few_texts, make_checkpoint, one_line, read_json, settings, with_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def seen_prompts(monkeypatch):
 def test_prompt_longer_than_the_context(checkpoint, monkeypatch):
     "Says so on standard error, keeps the end of the message, stays within the context"
     seen = seen_prompts(monkeypatch)
-    words = ["chat", "--checkpoint", checkpoint, "--max-tokens", "4", "--json", "--text", "first words " * 200 + "the opposite of hot?"]
+    words = ["chat", "--checkpoint", checkpoint, "--max-tokens", "4", "--json", "--text", "first words " * 300 + "the opposite of hot?"]
     status, out, err = call(*words)
     from muomni.tokenizer import load_tokenizer
     tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
@@ -185,6 +185,7 @@ def test_output_folder_that_is_closed(tmp_path):
 def test_two_trainings_at_once(tmp_path):
     "While one is at work the second is refused, whatever its config, and changes nothing"
     import muomni.train.loop as loop
+    with_tokenizer(tmp_path)
     under_way, go, real = threading.Event(), threading.Event(), loop.one_step
     def one_step(run):
         under_way.set()
@@ -213,6 +214,7 @@ def train_quietly(folder):
 def half_trained(tmp_path, monkeypatch):
     "A folder whose training was stopped by Ctrl-C"
     import muomni.train.loop as loop
+    with_tokenizer(tmp_path)
     real = loop.one_step
     def one_step(run):
         if run.progress["step"] == 3: raise KeyboardInterrupt

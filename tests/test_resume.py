@@ -2,18 +2,22 @@
 import os, signal
 import pytest, torch
 from safetensors.torch import load_file
-from small import call, content, driven_child, few_texts, settings
+from small import call, content, driven_child, few_texts, settings, with_tokenizer
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     "The weights of the training that nobody stopped"
-    folder = tmp_path_factory.mktemp("straight")
+    folder = with_tokenizer(tmp_path_factory.mktemp("straight"))
     with pytest.MonkeyPatch.context() as m:
         few_texts(m)
         status, out, err = call("train", "text", *settings(), "--out", folder)
     assert (status, out) == (0, ""), err
     return load_file(folder / "thinker" / "model.safetensors"), (folder / "thinker" / "log.csv").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path): return with_tokenizer(tmp_path)
 
 
 def go_on(folder):
@@ -33,46 +37,46 @@ def same(a, b):
     assert rows[0] == rows[1] and [int(s) for s, _ in rows[0]] == list(range(6))
 
 
-def test_killed_between_saves(straight, tmp_path):
+def test_killed_between_saves(straight, folder):
     "Killed before step 3: state is of step 2, so step 2 is taken again"
-    r = driven_child("train", "text", *settings(), "--out", tmp_path, KILL_STEP=3)
+    r = driven_child("train", "text", *settings(), "--out", folder, KILL_STEP=3)
     assert r.returncode == -signal.SIGKILL, r.stderr
-    assert not (tmp_path / "thinker" / "model.safetensors").exists()
-    same(straight, go_on(tmp_path))
+    assert not (folder / "thinker" / "model.safetensors").exists()
+    same(straight, go_on(folder))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs the names of open files")
-def test_killed_in_the_middle_of_a_save(straight, tmp_path):
+def test_killed_in_the_middle_of_a_save(straight, folder):
     "Half of the second state is on disk: the first still counts"
-    r = driven_child("train", "text", *settings(), "--out", tmp_path, KILL_WRITE=2)
+    r = driven_child("train", "text", *settings(), "--out", folder, KILL_WRITE=2)
     assert r.returncode == -signal.SIGKILL, r.stderr
-    assert {"state.pt"} < {p.name for p in (tmp_path / "thinker").iterdir() if "state" in p.name}, "no half-written file: the kill came elsewhere"
-    same(straight, go_on(tmp_path))
+    assert {"state.pt"} < {p.name for p in (folder / "thinker").iterdir() if "state" in p.name}, "no half-written file: the kill came elsewhere"
+    same(straight, go_on(folder))
 
 
-def test_ctrl_c(straight, tmp_path):
+def test_ctrl_c(straight, folder):
     "Ctrl-C: the step is finished and saved, one line, status 130; the same command goes on"
-    r = driven_child("train", "text", *settings(save_every=100), "--out", tmp_path, KILL_STEP=3, SIGNAL=signal.SIGINT)
+    r = driven_child("train", "text", *settings(save_every=100), "--out", folder, KILL_STEP=3, SIGNAL=signal.SIGINT)
     assert (r.returncode, r.stdout) == (130, ""), r.stderr
     said = [l for l in r.stderr.splitlines() if l.startswith("muomni:")]
     assert said == ["muomni: stopped; the same command goes on from here"] and "Traceback" not in r.stderr
-    assert torch.load(tmp_path / "thinker" / "state.pt", weights_only=True)["progress"]["step"] == 4
-    before = content(tmp_path)
+    assert torch.load(folder / "thinker" / "state.pt", weights_only=True)["progress"]["step"] == 4
+    before = content(folder)
     with pytest.MonkeyPatch.context() as m:
         few_texts(m)
-        status, _, err = call("train", "text", *settings(save_every=100), "--out", tmp_path)
+        status, _, err = call("train", "text", *settings(save_every=100), "--out", folder)
     assert status == 0, err
-    same(straight, (load_file(tmp_path / "thinker" / "model.safetensors"), (tmp_path / "thinker" / "log.csv").read_text()))
-    assert content(tmp_path)["tokenizer.json"] == before["tokenizer.json"]
+    same(straight, (load_file(folder / "thinker" / "model.safetensors"), (folder / "thinker" / "log.csv").read_text()))
+    assert content(folder)["tokenizer.json"] == before["tokenizer.json"]
 
 
-def test_finished_is_not_done_again(straight, tmp_path):
+def test_finished_is_not_done_again(straight, folder):
     "A finished training: the same command says so and touches nothing"
-    first = go_on(tmp_path)
-    before = content(tmp_path)
+    first = go_on(folder)
+    before = content(folder)
     with pytest.MonkeyPatch.context() as m:
         few_texts(m)
         m.setattr("muomni.train.text.train_text", lambda *a, **k: pytest.fail("trained again"))
-        status, out, err = call("train", "text", *settings(), "--out", tmp_path)
-    assert (status, out) == (0, "") and "done already" in err and content(tmp_path) == before
+        status, out, err = call("train", "text", *settings(), "--out", folder)
+    assert (status, out) == (0, "") and "done already" in err and content(folder) == before
     same(straight, first)

@@ -6,10 +6,11 @@
 __all__ = ['PATIENCE', 'REPLAN', 'Task', 'train_step', 'polite_interrupt', 'CsvLog', 'planned_steps', 'keep_random', 'Run',
            'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log']
 
-# %% ../../nbs/26_loop.ipynb #3ba25214
+# %% ../../nbs/26_loop.ipynb #3d612c40
 import contextlib
 import csv
 import io
+import logging
 import math
 import random
 import signal
@@ -139,7 +140,7 @@ class Run:
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
 
-# %% ../../nbs/26_loop.ipynb #e75a0522
+# %% ../../nbs/26_loop.ipynb #92110dc4
 def start_run(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train
@@ -153,7 +154,8 @@ def start_run(
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
     if "precision" not in p:
-        p["precision"] = str(choose_precision(c.precision, device)).removeprefix("torch.")
+        chosen = choose_precision(c.precision, device)
+        p["precision"] = str(chosen).removeprefix("torch.")
     if c.compile: task = replace(task, loss=compiled(task.loss))
     return Run(task, c, folder, optimizer, getattr(torch, p["precision"]), p)
 
@@ -169,11 +171,12 @@ def _same_settings(folder, progress, config):
                 f"now it is {now.get(key)}; set it back, or delete state.pt to start "
                 "anew")
 
-# %% ../../nbs/26_loop.ipynb #df3d9492
+# %% ../../nbs/26_loop.ipynb #d5bf0039
 def compiled(
     loss: Callable,   # loss of a model and a batch
 ) -> Callable:        # the same, compiled if this machine can
     "torch.compile, or one line that says why not"
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)   # no pages of advice
     try: torch.compile(_probe, dynamic=False)(torch.ones(8))
     except Exception as e:
         why = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -312,7 +315,7 @@ def _unit(tokens):
     "What to count in"
     return (1e6, "million") if tokens >= 1e6 else (1e3, "thousand")
 
-# %% ../../nbs/26_loop.ipynb #a776e992
+# %% ../../nbs/26_loop.ipynb #504b3664
 def plot_log(
     path: str | Path,   # log.csv of a run
 ):                      # a matplotlib Figure, saved as training.png beside the log
@@ -333,6 +336,8 @@ def plot_log(
             points = [(t, figures[name]) for t, figures in found if name in figures]
             ax.plot(*zip(*points), color=palette.green, marker=".")
             ax.set(title=name.replace("_", " "))
-        for ax in axes: ax.set(xlabel=f"tokens ({unit})"); ax.locator_params("x", nbins=4)
+        for ax in axes:
+            ax.set(xlabel=f"tokens ({unit})")
+            ax.locator_params("x", nbins=4)
         fig.savefig(Path(path).parent / "training.png")
     return fig
