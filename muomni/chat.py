@@ -18,7 +18,7 @@ from .thinker import ThinkerLM
 from .tokenizer import TextStream, Tokenizer, encode_chat, load_tokenizer
 from .train.checkpoint import CheckpointError, find_checkpoint, load_model
 
-# %% ../nbs/32b_chat.ipynb #8389b092
+# %% ../nbs/32b_chat.ipynb #194b43e6
 def load_thinker(
     folder: str | Path,   # a checkpoint folder: tokenizer.json and thinker/
 ) -> tuple[ThinkerLM, Tokenizer, dict]:   # model in eval mode, tokenizer, metadata
@@ -30,13 +30,14 @@ def load_thinker(
         raise CheckpointError(f"{part}: made by another version: {e}") from None
     model = ThinkerLM(config.model_params)
     load_model(part, model)
-    tokenizer, known = load_tokenizer(Path(folder) / "tokenizer.json"), model.config.vocab_size
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
+    known = model.config.vocab_size
     if len(tokenizer) > known:
         raise CheckpointError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, "
                               f"the model knows {known}: they do not belong together")
     return lay_out_for_decoding(model.float().eval()), tokenizer, metadata
 
-# %% ../nbs/32b_chat.ipynb #7e38507b
+# %% ../nbs/32b_chat.ipynb #65064f51
 def fit_messages(
     tokenizer: Tokenizer,              # of the model
     messages: list[tuple[str, str]],   # (role, text), the newest last, a user's
@@ -44,8 +45,8 @@ def fit_messages(
 ) -> tuple[list[int], int]:            # prompt, messages that were dropped
     "The newest turns that fit; of a single message that does not fit, its end"
     if room < 3 or not messages:
-        raise ValueError(f"room is {room} tokens for {len(messages)} messages, expected "
-                         "at least 3 tokens and one message")
+        raise ValueError(f"room is {room} tokens for {len(messages)} messages, "
+                         "expected at least 3 tokens and one message")
     for dropped in range(0, len(messages), 2):   # a question goes with its answer
         ids, _ = encode_chat(tokenizer, messages[dropped:], answer=True)
         if len(ids) <= room: return ids, dropped
@@ -80,14 +81,14 @@ class Chat:
         "Say something and get the answer"
         return "".join(self.stream(text))
 
-# %% ../nbs/32b_chat.ipynb #968219d5
+# %% ../nbs/32b_chat.ipynb #c65d7e15
 def _prompt(chat, message):
     "Ids of the conversation with one more message; notes what was left out"
     context, messages = chat.model.config.context, [*chat.messages, message]
     room = context - chat.sampling.max_tokens
     if room < 3:
-        raise ValueError(f"max_tokens is {chat.sampling.max_tokens}: question and answer "
-                         f"share a context of {context} tokens; ask for fewer")
+        raise ValueError(f"max_tokens is {chat.sampling.max_tokens}: question and "
+                         f"answer share a context of {context} tokens; ask for fewer")
     ids, dropped = fit_messages(chat.tokenizer, messages, room)
     whole, _ = encode_chat(chat.tokenizer, messages[dropped:], answer=True)
     lost = [f"{dropped} messages were"] * (dropped > 0)

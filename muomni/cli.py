@@ -86,7 +86,7 @@ def _same_config(part, known, config):
                               f"now it is {value}; choose another folder with --out, "
                               "or delete it")
 
-# %% ../nbs/38_cli.ipynb #87f45065
+# %% ../nbs/38_cli.ipynb #7fbb6446
 def _claim(part, config):
     "Note what is trained here; refuse a folder where something else is under way"
     from muomni.train.checkpoint import folder_lock, write_whole
@@ -95,7 +95,8 @@ def _claim(part, config):
         if (part / "state.pt").exists() and note.exists():
             try: known = json.loads(note.read_text(encoding="utf-8"))
             except ValueError:
-                raise Trouble(f"{note}: damaged; choose another folder with --out") from None
+                raise Trouble(f"{note}: damaged; choose another folder with --out, "
+                              "or delete it") from None
             return _same_config(part, known, config)
         if not (part / "state.pt").exists():
             write_whole(note, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
@@ -134,23 +135,26 @@ def run_train(
     train_text(config, out, bar=sys.stderr.isatty())
     _note(f"text: done, in {out}")
 
-# %% ../nbs/38_cli.ipynb #49935165
+# %% ../nbs/38_cli.ipynb #a4a66fdc
 def _question(args):
     "The checked --text; None if there is none"
     if args.text is None: return None
-    if not args.text.strip(): raise Misuse("the prompt is empty: say something after --text")
+    if not args.text.strip():
+        raise Misuse("the prompt is empty: say something after --text")
     try: args.text.encode("utf-8")
-    except UnicodeEncodeError: raise Misuse("--text is not UTF-8; convert it first") from None
+    except UnicodeEncodeError:
+        raise Misuse("--text is not UTF-8; convert it first") from None
     return args.text
 
-# %% ../nbs/38_cli.ipynb #3c4b2186
+# %% ../nbs/38_cli.ipynb #0c61db36
 def _piped():
     "Lines of standard input, one question each; None at a terminal"
     if sys.stdin is None: raise Misuse("there is no standard input; use --text")
     if sys.stdin.isatty(): return None
     try: text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise Trouble(f"standard input is not UTF-8 (byte {e.start}); convert it first") from None
+        raise Trouble(f"standard input is not UTF-8 (byte {e.start}); "
+                      "convert it first") from None
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines: raise Misuse("the prompt is empty: standard input holds no question")
     return lines
@@ -174,14 +178,15 @@ def _chat(args):
                      f"context of {context} tokens, so at most {context // 2}")
     return Chat(model, tokenizer, sampling)
 
-# %% ../nbs/38_cli.ipynb #7ac5ab4d
+# %% ../nbs/38_cli.ipynb #7c0d602d
 def run_chat(
     args: argparse.Namespace,   # checkpoint, text, json, temperature, seed, max_tokens
 ):
     "muomni chat"
     import time
     text = _question(args)
-    if text is None and args.json: raise Misuse("--json needs --text: it prints one result")
+    if text is None and args.json:
+        raise Misuse("--json needs --text: it prints one result")
     lines = _piped() if text is None else None
     chat = _chat(args)
     if lines: return _answer_lines(chat, lines)
@@ -537,13 +542,20 @@ def _reader_is_gone():
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# %% ../nbs/38_cli.ipynb #1785ac17
+# %% ../nbs/38_cli.ipynb #e6924ef4
+def _said(status):
+    "The status, once all is written or nobody reads any more"
+    try: sys.stdout.flush()
+    except BrokenPipeError: _reader_is_gone()
+    return status
+
+# %% ../nbs/38_cli.ipynb #0c1a9827
 def main(
-    argv: list[str] | None = None,   # the words after `muomni`; None = those of the terminal
-) -> int:                            # 0 done, 1 something went wrong, 2 wrong use, 130 stopped
+    argv: list[str] | None = None,   # the words after `muomni`; None = the terminal's
+) -> int:                            # 0 done, 1 went wrong, 2 wrong use, 130 stopped
     "The `muomni` command"
     try: args = parser().parse_args(argv)
-    except SystemExit as e: return e.code or 0      # --help, --version, wrong use: all is said
+    except SystemExit as e: return _said(e.code or 0)   # --help, --version, wrong use
     try: return _run(args)
     except KeyboardInterrupt:
         again = "; the same command goes on from here"

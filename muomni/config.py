@@ -191,14 +191,14 @@ class DataConfig:
             _need(0 <= share <= 1, "data_params", key, share, "a share from 0 to 1")
         _need_positive(self, "data_params", "most_turns valid_tokens valid_dialogues")
 
-# %% ../nbs/34_config.ipynb #cc986316
+# %% ../nbs/34_config.ipynb #da64bee5
 @dataclass(frozen=True)
 class Config:
     "The three sections of a stage's JSON file."
-    model_params: ThinkerConfig = field(default_factory=ThinkerConfig)
-    training_params: TrainConfig = field(default_factory=TrainConfig)
-    data_params: DataConfig = field(default_factory=DataConfig)
-    name: str = "thinker"
+    model_params: ThinkerConfig = field(default_factory=ThinkerConfig)  # sizes
+    training_params: TrainConfig = field(default_factory=TrainConfig)   # how to train
+    data_params: DataConfig = field(default_factory=DataConfig)         # what on
+    name: str = "thinker"  # of the file that it came from
 
     def __post_init__(self):
         row, most = self.training_params.sequence, self.model_params.context
