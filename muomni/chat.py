@@ -81,7 +81,7 @@ class Chat:
         "Say something and get the answer"
         return "".join(self.stream(text))
 
-# %% ../nbs/32b_chat.ipynb #c65d7e15
+# %% ../nbs/32b_chat.ipynb #653b5bc2
 def _prompt(chat, message):
     "Ids of the conversation with one more message; notes what was left out"
     context, messages = chat.model.config.context, [*chat.messages, message]
@@ -91,10 +91,11 @@ def _prompt(chat, message):
                          f"answer share a context of {context} tokens; ask for fewer")
     ids, dropped = fit_messages(chat.tokenizer, messages, room)
     whole, _ = encode_chat(chat.tokenizer, messages[dropped:], answer=True)
-    lost = [f"{dropped} messages were"] * (dropped > 0)
-    lost += ["part of this message was"] * (len(whole) > room)
+    lost = [f"{dropped} messages"] * (dropped > 0)
+    lost += ["part of this message"] * (len(whole) > room)
+    verb = "were" if dropped else "was"
     chat.note = (f"the conversation is longer than the context of {context} tokens: "
-                 f"the oldest {' and the oldest '.join(lost)} left out") if lost else ""
+                 f"the oldest {' and '.join(lost)} {verb} left out") if lost else ""
     return ids
 
 # %% ../nbs/32b_chat.ipynb #156850d1

@@ -23,7 +23,7 @@ class Trouble(Exception):
 class Misuse(Trouble):
     "A command used in a way that cannot work; told in one line, exit status 2"
 
-# %% ../nbs/38_cli.ipynb #47f56415
+# %% ../nbs/38_cli.ipynb #ec7dd23c
 _TOLD = ("Trouble", "Misuse", "ConfigError", "CheckpointError", "ValueError")
 
 def _line(error, command="COMMAND"):
@@ -32,9 +32,18 @@ def _line(error, command="COMMAND"):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     words = next(iter(str(error).strip().splitlines()), "")
     name = type(error).__name__
-    if words and (name in _TOLD or isinstance(error, OSError)): return words
+    told = name in _TOLD or isinstance(error, OSError) or _our_words(error)
+    if words and told: return words
     if words: name += f": {words}"
     return f"{name}; `muomni {command} --debug ...` shows where"
+
+# %% ../nbs/38_cli.ipynb #5d4f41ed
+def _our_words(error):
+    "Was this RuntimeError raised by a module of muomni itself?"
+    if type(error) is not RuntimeError: return False
+    frame = error.__traceback__
+    while frame and frame.tb_next: frame = frame.tb_next
+    return bool(frame) and frame.tb_frame.f_globals.get("__name__", "").startswith("muomni.")
 
 # %% ../nbs/38_cli.ipynb #d5190102
 def _status(error):
@@ -74,19 +83,23 @@ def _finished(part, config):
     _same_config(part, metadata.get("config"), config)
     return True
 
-# %% ../nbs/38_cli.ipynb #a874b853
-def _same_config(part, known, config):
+# %% ../nbs/38_cli.ipynb #b968c5eb
+_FREE = ("minutes", "save_every", "validate_every", "compile", "valid_tokens",
+         "valid_dialogues")     # a training under way may go on with others
+
+def _same_config(part, known, config, free=()):
     "Refuse a folder of another config, and name the first difference"
     new, known = config.to_dict(), known if isinstance(known, dict) else {}
     for section, values in new.items():
         for key, value in values.items():
+            if key in free: continue
             old = (known.get(section) or {}).get(key)
             if old != value:
                 raise Trouble(f"{part}: was begun with {section}.{key}={old}, "
                               f"now it is {value}; choose another folder with --out, "
                               "or delete it")
 
-# %% ../nbs/38_cli.ipynb #7fbb6446
+# %% ../nbs/38_cli.ipynb #07eda4c3
 def _claim(part, config):
     "Note what is trained here; refuse a folder where something else is under way"
     from muomni.train.checkpoint import folder_lock, write_whole
@@ -97,7 +110,7 @@ def _claim(part, config):
             except ValueError:
                 raise Trouble(f"{note}: damaged; choose another folder with --out, "
                               "or delete it") from None
-            return _same_config(part, known, config)
+            return _same_config(part, known, config, _FREE)
         if not (part / "state.pt").exists():
             write_whole(note, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
 

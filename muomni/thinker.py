@@ -115,18 +115,21 @@ def _positions_and_mask(model, x, valid, documents, cache):
     else: positions = torch.arange(T, device=x.device)
     return positions, sequence_mask(valid, documents)
 
-# %% ../nbs/20_thinker.ipynb #62c73eca
+# %% ../nbs/20_thinker.ipynb #33108f5d
 def thinker_loss(
     model: ThinkerLM,                 # the model to train
     ids: Tensor,                      # (B, T) tokens
     labels: Tensor,                   # (B, T) the token after each; -100 = no loss
     documents: Tensor | None = None,  # (B, T) int, packed documents
     valid: Tensor | None = None,      # (B, T) bool, False = padding
+    groups: tuple = (),               # (rows, share of the loss) of each group of rows
 ) -> Tensor:                          # 0-dim, nats per token
     "Next-token cross-entropy, plus the balance of the experts where there are any"
     routing = [] if model.config.experts else None
     hidden = model.hidden(ids, documents=documents, valid=valid, routing=routing)
-    loss = chunked_cross_entropy(hidden, model.head.weight, labels)
+    rows, shares = zip(*(groups or [(len(ids), 1.0)]))
+    loss = sum(share * chunked_cross_entropy(h, model.head.weight, y)
+               for h, y, share in zip(hidden.split(rows), labels.split(rows), shares))
     if not routing: return loss
     return loss + model.config.balance_weight * balance_loss(routing)
 

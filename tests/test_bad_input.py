@@ -230,6 +230,8 @@ def test_going_on_with_another_config(half_trained):
     "Would silently keep the old rates, or fail in the middle"
     for setting, parts in (("training_params.lr=0.5", ["lr=0.02", "0.5"]), ("model_params.layers=2", ["layers=1", "2"])):
         refused(half_trained, 1, "--out", *parts, words=["train", "text", *settings(), "--set", setting, "--out", half_trained])
+    status, out, err = call("train", "text", *settings(save_every=3), "--minutes", "5", "--out", half_trained)
+    assert (status, out) == (0, ""), "what changes no weight may change"
 
 
 def test_damaged_state(half_trained):

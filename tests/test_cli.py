@@ -180,6 +180,10 @@ def test_unforeseen_error_is_one_line_too(checkpoint, monkeypatch):
     monkeypatch.setattr("muomni.chat.load_thinker", broken)
     words = ("chat", "--checkpoint", checkpoint, "--text", "hello")
     one_line(*call(*words), 1, "KeyError", "--debug")
+    def other(folder): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr("muomni.chat.load_thinker", other)
+    one_line(*call(*words), 1, "RuntimeError: mat1", "--debug")
+    monkeypatch.setattr("muomni.chat.load_thinker", broken)
     with pytest.raises(KeyError): call(*words, "--debug")
     with pytest.raises(KeyError): call("--debug", *words)
 
