@@ -121,7 +121,7 @@ def train_rate(
         times.append(time.perf_counter() - start)
     return batch * length / statistics.median(times[1:])
 
-# %% ../nbs/42_bench.ipynb #b2839239
+# %% ../nbs/42_bench.ipynb #e5e02241
 def bench_train(
     model: ThinkerLM,     # from `twins`; is changed
     other,                # from `twins`: its Qwen3, or None; is changed
@@ -136,7 +136,8 @@ def bench_train(
     for precision in (torch.float32, torch.bfloat16):
         peak = matmul_rate(precision)
         mine = train_rate(model.train(), thinker_loss, precision, *size)
-        row = dict(tokens_per_second=round(mine), share_of_peak=round(mine * work / peak, 3))
+        row = dict(tokens_per_second=round(mine),
+                   share_of_peak=round(mine * work / peak, 3))
         if other is not None:
             their = train_rate(other.train(), theirs, precision, *size)
             row |= dict(transformers=round(their), times_faster=round(mine / their, 2))

@@ -177,10 +177,12 @@ def table(
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
-# %% ../nbs/40b_evaluate.ipynb #082c9dc9
+# %% ../nbs/40b_evaluate.ipynb #cd5333f4
 def _text_lines(t, c):
     "(ability, figure, beside it) of the text part"
-    def against(bits, share): return f"{t[bits]:.3f}: {t[share]:.1%} fewer"
+    def against(bits, share):
+        word = "fewer" if t[share] >= 0 else "more"
+        return f"{t[bits]:.3f}: {abs(t[share]):.1%} {word}"
     weak = sorted(t["by_kind"].items(), key=lambda x: x[1])[:4]
     return [
         ("real English, bits per byte", f"{t['bits_per_byte']:.3f}",

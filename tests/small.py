@@ -9,7 +9,7 @@ ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve().paren
 SENTENCE = "The cat sat on the mat, and the dog looked at the cat for a long time.\n"
 TEXTS = {split: {f"{split}.{i}": [SENTENCE * 30] for i in range(2)} for split in ("train", "valid", "test")}
 SIZES = dict(vocab_size=400, width=32, layers=1, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=1024)
-QUICK = dict(sequence=1024, batch_tokens=2048, steps=6, minutes=0, precision="float32", save_every=2, validate_every=100)
+QUICK = dict(sequence=1024, batch_tokens=2048, steps=6, minutes=0, lr=0.02, precision="float32", save_every=2, validate_every=100)
 HELD = dict(valid_tokens=100, valid_dialogues=1)
 
 
