@@ -512,7 +512,11 @@ def _tints(
 class Strip(Figure):
     "A figure that shows itself once, as the last value of a cell."
 
-    def set_layout_engine(self, layout=None, **kwargs):
+    def set_layout_engine(self,
+        layout: str | None = None,  # asked for, and left out
+        **kwargs,                   # left out too
+    ):
+        "No layout engine: the boxes are placed in inches."
         super().set_layout_engine("none")   # boxes are placed in inches
 
     def _repr_png_(self):

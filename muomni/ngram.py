@@ -88,16 +88,22 @@ class NGram:
             raise ValueError(f"order {order}, vocab {vocab}: both must be 1 or more")
         self.order, self.vocab, self.levels = order, vocab, []
 
-    def fit(self, sequences):
+    def fit(self,
+        sequences,  # arrays of token ids
+    ):
         "Count `sequences`, each an array of ids; every one starts without context."
         self.levels = _fit(sequences, self.order, self.vocab)
         return self
 
-    def logprob(self, sequences):
+    def logprob(self,
+        sequences,  # arrays of token ids
+    ):
         "Natural log probability of each token, all sequences in one flat array."
         return _logprob(self, sequences)
 
-    def predict(self, context=()):
+    def predict(self,
+        context=(),  # ids that stand before
+    ):
         "Probability of each next token, (V,), after the ids in `context`."
         return _predict(self, context)
 
@@ -154,7 +160,7 @@ def babble(
     model: NGram,  # after fit
     length: int,  # tokens to draw
     context=(),  # ids to start from
-    seed: int = 0,
+    seed: int = 0,  # of the draws
 ) -> list:  # the new ids
     "Draw tokens one after the other from the model's own predictions."
     chance, ids = np.random.default_rng(seed), list(context)

@@ -22,7 +22,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
 # %% ../../nbs/35b_english.ipynb #f5589a5e
 def shingles(
-    paragraph: str,
+    paragraph: str,  # prose on one line
     size: int = 8,  # words in a run
 ) -> set:  # runs of words, joined by blanks
     "All runs of `size` words, in lower case and without punctuation."
