@@ -262,11 +262,10 @@ def exact_share(
 # %% ../../nbs/27_text.ipynb #8a821ef1
 def _mixed_loss(model, batch, english_rows, weight):
     "English and dialogue with their own means: neither drowns the other"
-    whole = batch.ids, batch.labels, batch.documents
-    if english_rows in (0, len(batch.ids)): return thinker_loss(model, *whole)
-    parts = zip(*(x.tensor_split([english_rows]) for x in whole))
-    english, dialogue = (thinker_loss(model, *part) for part in parts)
-    return (1 - weight) * english + weight * dialogue
+    whole, rows = (batch.ids, batch.labels, batch.documents), len(batch.ids)
+    if english_rows in (0, rows): return thinker_loss(model, *whole)
+    groups = (english_rows, 1 - weight), (rows - english_rows, weight)
+    return thinker_loss(model, *whole, groups=groups)
 
 # %% ../../nbs/27_text.ipynb #f3c123fa
 def _some_english(characters):
