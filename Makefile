@@ -36,7 +36,8 @@ comma := ,
 omni: $(VENV)/.muomni  ## install, train the nano model, print its scorecard and a conversation
 	$(BIN)/muomni train all --preset nano --out checkpoints/nano
 	$(BIN)/muomni eval
-	$(BIN)/muomni chat --text "Hello! Who are you?"
+	$(BIN)/muomni chat --text "hello."
+	$(BIN)/muomni chat --text "here is a plain picture with a small red star on the left and a big blue circle in the middle. what colour is the star?"
 
 test: $(VENV)/.muomni-dev  ## all checks: structure, notebooks, pytest, site; ends on "N passed, N failed"
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/run_tests.py

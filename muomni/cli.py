@@ -445,7 +445,7 @@ def _positive(text):
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
-# %% ../nbs/38_cli.ipynb #9737006f
+# %% ../nbs/38_cli.ipynb #a34a96de
 def _add_train(sub):
     p = _command(sub, "train", run_train,
         "train a stage, or all of them; goes on where it stopped",
@@ -454,7 +454,7 @@ def _add_train(sub):
     p.add_argument("stage", choices=["text", "all"],
                    help="text = the Thinker; all = every stage there is")
     p.add_argument("--preset", choices=["nano", "tiny"], default="nano",
-                   help="nano: a laptop's; tiny: the specification's (default: %(default)s)")
+                   help="nano: a laptop; tiny: 20 M parameters, for a long run (default: %(default)s)")
     p.add_argument("--config", metavar="FILE", help="a JSON config in place of the preset's")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                    help="replace a value of the config; may be repeated")

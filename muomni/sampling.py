@@ -113,7 +113,7 @@ def weight_stamp(
     version = 0 if w.is_inference() else w._version
     return w.data_ptr(), version, float(w.detach()[::101].double().sum())
 
-# %% ../nbs/32a_sampling.ipynb #b1629b17
+# %% ../nbs/32a_sampling.ipynb #da940e50
 class Shortlist:
     "The greatest score for a quarter of the reading: int8 drafts, float32 decides"
     def __init__(self,
@@ -139,12 +139,12 @@ class Shortlist:
         step, length = state.abs().amax() / 127, state.norm()
         whole = (state / step).round()
         draft = torch._int_mm(whole.to(torch.int8)[None], self.small.t())[0]
-        near, ids = (draft * (self.scale * step)).topk(self.size)
+        near, ids = (draft * self.scale).topk(self.size)       # in steps
         exact = self.head[ids] @ state
         bound = length * self.row_error + (state - whole * step).norm() * self.row_norm
         margin = self.rounding * length * self.row_norm
         first, second = exact.topk(2).values if self.size > 1 else (exact[0], exact[0])
-        return exact, ids, first > torch.maximum(near[-1] + bound, second) + margin
+        return exact, ids, first > torch.maximum(near[-1] * step + bound, second) + margin
 
 # %% ../nbs/32a_sampling.ipynb #f75a40dc
 def fast_head(

@@ -173,7 +173,7 @@ _TALK = {
 # %% ../../nbs/35h_facts.ipynb #302f6801
 _OPENERS = ("", "hey, ", "well, ", "listen, ", "my friend, ", "dear model, ")
 
-# %% ../../nbs/35h_facts.ipynb #8f8c3a02
+# %% ../../nbs/35h_facts.ipynb #28f6ccb9
 @lru_cache(None)
 def _items(kind):
     "Everything a kind can ask: split -> tuple of (question, answer, topic)."
@@ -184,9 +184,11 @@ def _items(kind):
                 item = (ask.format(*slots), answer, topic)
                 items[combination_split(i, j)].append(item)
     elif kind in _PAIRED:
-        for i, j, a, b, answer in _pair_facts(kind):
-            split = _pair_fold(kind, i, j)
-            items[split] += [(ask.format(a, b), answer, None) for ask in _PAIRED[kind]]
+        for n, (i, j, a, b, answer) in enumerate(_pair_facts(kind)):
+            for p, ask in enumerate(_PAIRED[kind]):
+                fact = kind == "is_a"      # see below: its pairs would teach a wrong answer
+                split = combination_split(n, p) if fact else _pair_fold(kind, i, j)
+                items[split].append((ask.format(a, b), answer, None))
     else:
         asked = [(ask, answer) for asks, (k, answer) in _TALK.items()
                  for ask in asks.split("|") if k == kind]

@@ -17,10 +17,10 @@ from .scenes import (
     pair_split, roll_scene)
 from .words import COLOURS, SHAPES
 
-# %% ../../nbs/35a_world.ipynb #d3f0dbb2
+# %% ../../nbs/35a_world.ipynb #2c469cd3
 @dataclass(frozen=True)
 class Dialogue:
-    "One to four turns about one scene, or about none."
+    "One turn or more about one scene, or about none."
     turns: tuple  # of Turn
     scene: object = None  # the Scene, or None where the dialogue has none
     split: str = "train"  # "train", "valid" or "test"

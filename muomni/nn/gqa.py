@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['GroupedQueryAttention']
 
-# %% ../../nbs/15_gqa.ipynb #26098918
+# %% ../../nbs/15_gqa.ipynb #f2ba839c
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from .attention import attend
 from .cache import KVCache
@@ -19,7 +21,7 @@ def _check_heads(heads, kv_heads):
         raise ValueError(f"{heads} heads cannot share {kv_heads} key/value heads: "
                          "the second number must divide the first")
 
-# %% ../../nbs/15_gqa.ipynb #40cf270e
+# %% ../../nbs/15_gqa.ipynb #c9576480
 class GroupedQueryAttention(nn.Module):
     "Attention whose query heads share normalised, rotated key/value heads"
     def __init__(self,
@@ -46,7 +48,16 @@ class GroupedQueryAttention(nn.Module):
         "Project, turn, look, project back"
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)
-        q, k, v = qkv.split(self.split, 1)      # (B, H or G, T, E) each
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        H, G, _ = self.split
+        qk, v = qkv.split([H + G, G], 1)        # (B, H + G, T, E), (B, G, T, E)
+        q, k = rotate(_normalise(self, qk), *rope).split([H, G], 1)
         if cache is not None: k, v = cache.write(layer, k, v)
         return self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+
+# %% ../../nbs/15_gqa.ipynb #8c568cb1
+def _normalise(attention, qk):
+    "Queries and keys (B, H + G, T, E) divided by their size, times their scales"
+    H, G, _ = attention.split
+    scales = attention.q_norm.weight.expand(H, 1, -1), attention.k_norm.weight.expand(G, 1, -1)
+    size_one = F.rms_norm(qk, qk.shape[-1:], eps=attention.q_norm.eps)
+    return size_one * torch.cat(scales).to(qk.dtype)

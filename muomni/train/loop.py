@@ -140,7 +140,7 @@ class Run:
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
 
-# %% ../../nbs/26_loop.ipynb #92110dc4
+# %% ../../nbs/26_loop.ipynb #c6dd6cc7
 def start_run(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train
@@ -153,6 +153,10 @@ def start_run(
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0)
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
+    if p.setdefault("minutes", c.minutes) != c.minutes:    # another budget, another plan
+        if p["step"] >= REPLAN:
+            p["plan"] = planned_steps(c.steps, p["step"], p["seconds"], c.minutes)
+        p["minutes"] = c.minutes
     if "precision" not in p:
         chosen = choose_precision(c.precision, device)
         p["precision"] = str(chosen).removeprefix("torch.")
@@ -217,7 +221,7 @@ def _count_skipped(p, loss, norm):
             f"gradient (loss {loss:.4g}); halve training_params.lr and adam_lr, or set "
             "training_params.precision=float32, and delete state.pt to start anew")
 
-# %% ../../nbs/26_loop.ipynb #6882d91f
+# %% ../../nbs/26_loop.ipynb #e613a3ef
 REPLAN = 20    # steps after which the pace of this machine is known
 
 def fit(
@@ -227,7 +231,7 @@ def fit(
     bar: bool = True,      # show a progress bar with the time left
     tensorboard: bool = False,  # also write a TensorBoard log (pip install tensorboard)
 ) -> Run:                  # the finished run
-    "Train until the steps are done, the budget is used or somebody asks to stop"
+    "Train the planned steps, or until somebody asks to stop"
     run = start_run(task, config, folder)
     p = run.progress
     logs = [CsvLog(run.folder / "log.csv", p["step"])]
