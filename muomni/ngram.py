@@ -76,7 +76,7 @@ def _fit(sequences, order, vocab):
         contexts = len(keys)
     return levels
 
-# %% ../nbs/40a_ngram.ipynb #4dd3dd23
+# %% ../nbs/40a_ngram.ipynb #012cbae7
 class NGram:
     "Interpolated modified Kneser-Ney model over token ids."
     def __init__(
@@ -155,7 +155,7 @@ def _predict(model, context):
         prob[level.keys[first:last] % base] += level.alpha[first:last]
     return prob[:-1]
 
-# %% ../nbs/40a_ngram.ipynb #01e3a0c6
+# %% ../nbs/40a_ngram.ipynb #b6f1d042
 def babble(
     model: NGram,  # after fit
     length: int,  # tokens to draw

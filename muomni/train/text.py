@@ -259,7 +259,7 @@ def exact_share(
     "Let the model answer, and grade its answers"
     return grade(answers(model, tokenizer, [prompt for prompt, _, _ in asked]), asked)
 
-# %% ../../nbs/27_text.ipynb #8a821ef1
+# %% ../../nbs/27_text.ipynb #fb435c93
 def _mixed_loss(model, batch, english_rows, weight):
     "English and dialogue with their own means: neither drowns the other"
     whole, rows = (batch.ids, batch.labels, batch.documents), len(batch.ids)
