@@ -226,7 +226,9 @@ class Terminal:
         import pty
         self.seen = ""
         self.pid, self.fd = pty.fork()
-        if self.pid == 0: os.execve(sys.executable, [sys.executable, str(HERE / "driver.py"), *map(str, words)], child_environment(TERM="dumb", **environment))
+        if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)     # a shell's background job comes with Ctrl-C ignored
+            os.execve(sys.executable, [sys.executable, str(HERE / "driver.py"), *map(str, words)], child_environment(TERM="dumb", **environment))
 
     def type(self, text): os.write(self.fd, text.encode() if isinstance(text, str) else text)
 
