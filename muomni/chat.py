@@ -6,12 +6,10 @@
 __all__ = ['HELP', 'load_thinker', 'fit_messages', 'Chat', 'command', 'talk']
 
 # %% ../nbs/32b_chat.ipynb #49190e3d
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import torch
 from .config import ConfigError, config_from_dict
 from .sampling import Sampling, generate, lay_out_for_decoding
 from .thinker import ThinkerLM

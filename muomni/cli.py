@@ -69,7 +69,7 @@ def _train_config(args):
     extra = [f"training_params.minutes={args.minutes}"] if args.minutes is not None else []
     return apply_overrides(config, args.set + extra)
 
-# %% ../nbs/38_cli.ipynb #940ce828
+# %% ../nbs/38_cli.ipynb #f2f05ac5
 def _finished(part, config):
     "Is there a finished model of this very config? Refuses folders of other models"
     from muomni.train.checkpoint import CheckpointError, find_checkpoint
@@ -80,29 +80,25 @@ def _finished(part, config):
         if (part / "training.json").exists(): return False
         raise Trouble(f"{part}: holds a model that muomni did not make; "
                       "choose another folder with --out") from None
-    _same_config(part, metadata.get("config"), config)
+    _same_config(part, metadata.get("config"), config, free=())
     return True
 
-# %% ../nbs/38_cli.ipynb #b968c5eb
-_FREE = ("minutes", "save_every", "validate_every", "compile", "valid_tokens",
-         "valid_dialogues")     # a training under way may go on with others
-
-def _same_config(part, known, config, free=()):
+# %% ../nbs/38_cli.ipynb #a3d0c10f
+def _same_config(part, known, config, free):
     "Refuse a folder of another config, and name the first difference"
-    new, known = config.to_dict(), known if isinstance(known, dict) else {}
-    for section, values in new.items():
-        for key, value in values.items():
-            if key in free: continue
-            old = (known.get(section) or {}).get(key)
-            if old != value:
-                raise Trouble(f"{part}: was begun with {section}.{key}={old}, "
-                              f"now it is {value}; choose another folder with --out, "
-                              "or delete it")
+    from muomni.config import ConfigError, config_from_dict
+    from muomni.train.checkpoint import first_change
+    way_out = "choose another folder with --out, or delete it"
+    try: known = config_from_dict(known).to_dict()    # newer settings: their defaults
+    except ConfigError as e: raise Trouble(f"{part}: {e}; {way_out}") from None
+    if change := first_change(known, config.to_dict(), free):
+        key, old, new = change
+        raise Trouble(f"{part}: was begun with {key}={old}, now it is {new}; {way_out}")
 
-# %% ../nbs/38_cli.ipynb #07eda4c3
+# %% ../nbs/38_cli.ipynb #b9ac19ee
 def _claim(part, config):
     "Note what is trained here; refuse a folder where something else is under way"
-    from muomni.train.checkpoint import folder_lock, write_whole
+    from muomni.train.checkpoint import FREE, folder_lock, write_whole
     note = part / "training.json"
     with folder_lock(part):
         if (part / "state.pt").exists() and note.exists():
@@ -110,18 +106,9 @@ def _claim(part, config):
             except ValueError:
                 raise Trouble(f"{note}: damaged; choose another folder with --out, "
                               "or delete it") from None
-            return _same_config(part, known, config, _FREE)
+            return _same_config(part, known, config, FREE)
         if not (part / "state.pt").exists():
             write_whole(note, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
-
-# %% ../nbs/38_cli.ipynb #ef8ad128
-def _fits_tokenizer(path, config):
-    "Refuse a tokenizer with more tokens than the model will have"
-    from muomni.tokenizer import load_tokenizer
-    V = config.model_params.vocab_size
-    if path.exists() and (n := len(load_tokenizer(path))) > V:
-        raise Trouble(f"{path}: has {n} tokens, model_params.vocab_size is {V}; "
-                      "choose another folder with --out, or delete it")
 
 # %% ../nbs/38_cli.ipynb #9364e26b
 def _use_all_cores():
@@ -130,22 +117,32 @@ def _use_all_cores():
     known = hasattr(os, "sched_getaffinity")
     torch.set_num_threads(len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
 
-# %% ../nbs/38_cli.ipynb #70526fda
+# %% ../nbs/38_cli.ipynb #4e37198f
+def _board(args):
+    "What --tensorboard adds to the call of a stage"
+    if not args.tensorboard: return {}
+    if not importlib.util.find_spec("tensorboard"):
+        raise Trouble("no TensorBoard here: pip install tensorboard, or train without "
+                      "--tensorboard")
+    return dict(tensorboard=True)
+
+# %% ../nbs/38_cli.ipynb #48b5ecf7
 def run_train(
-    args: argparse.Namespace,   # stage, preset, config, set, minutes, out
+    args: argparse.Namespace,   # stage, preset, config, set, minutes, out, tensorboard
 ):
     "muomni train"
-    config = _train_config(args)
-    from muomni.train.text import train_text
+    config, more = _train_config(args), _board(args)
+    from muomni.train.text import stage_tokenizer, train_text
     out = Path(args.out or f"checkpoints/{config.name.removeprefix('thinker_')}")
     if _finished(out / "thinker", config):
         return _note(f"text: done already in {out}; delete {out / 'thinker'} to train again")
-    _fits_tokenizer(out / "tokenizer.json", config)
+    tokenizer = out / "tokenizer.json"                # one that is there must fit
+    if tokenizer.exists(): stage_tokenizer(tokenizer, config.model_params.vocab_size)
     _claim(out / "thinker", config)
     _use_all_cores()
     _note(f"text: training into {out}, log in {out / 'thinker' / 'log.csv'}; "
           "Ctrl-C stops, the same command goes on")
-    train_text(config, out, bar=sys.stderr.isatty())
+    train_text(config, out, bar=sys.stderr.isatty(), **more)
     _note(f"text: done, in {out}")
 
 # %% ../nbs/38_cli.ipynb #a4a66fdc
@@ -239,18 +236,17 @@ def _read_line(prompt):
         _note("that line is not UTF-8; type it again")
         return ""
 
-# %% ../nbs/38_cli.ipynb #162fed0e
+# %% ../nbs/38_cli.ipynb #0e0108f6
 def run_eval(
     args: argparse.Namespace,   # checkpoint, split, dialogues, json
 ):
     "muomni eval"
-    from muomni.chat import load_thinker
     from muomni.evaluate import evaluate, table
-    load_thinker(args.checkpoint)                # a wrong folder is told at once
     _use_all_cores()
-    _note(f"judging {args.checkpoint} on held-out English and {args.dialogues} dialogues; "
-          "a minute or two")
-    card = evaluate(args.checkpoint, args.split, args.dialogues)
+    def loaded():                                # only then: a wrong folder is refused
+        _note(f"judging {args.checkpoint} on held-out English and {args.dialogues} "
+              "dialogues; a minute or two")
+    card = evaluate(args.checkpoint, args.split, args.dialogues, loaded)
     _say(args, card, table(card))
 
 # %% ../nbs/38_cli.ipynb #19eb5929
@@ -445,7 +441,7 @@ def _positive(text):
     if text.isdecimal() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
 
-# %% ../nbs/38_cli.ipynb #a34a96de
+# %% ../nbs/38_cli.ipynb #747d436c
 def _add_train(sub):
     p = _command(sub, "train", run_train,
         "train a stage, or all of them; goes on where it stopped",
@@ -461,6 +457,8 @@ def _add_train(sub):
     p.add_argument("--minutes", type=float, help="budget of training time; 0 = no limit")
     p.add_argument("--out", metavar="DIR",
                    help="where checkpoints go (default: checkpoints/PRESET)")
+    p.add_argument("--tensorboard", action="store_true",
+                   help="also write a log for TensorBoard")
 
 # %% ../nbs/38_cli.ipynb #d8fd073d
 def _add_chat(sub):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['swapped', 'chance', 'ngram_bits', 'ngram_exact', 'text_scores', 'machine', 'evaluate', 'table']
 
-# %% ../nbs/40b_evaluate.ipynb #c4aadba8
+# %% ../nbs/40b_evaluate.ipynb #a7fc8ad3
 import json
 import platform
 import random
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 import numpy as np
@@ -145,15 +146,17 @@ def machine() -> str:   # processor, threads, system, version of torch
     return (f"{name}, {torch.get_num_threads()} threads, {platform.system()}, "
             f"torch {torch.__version__}")
 
-# %% ../nbs/40b_evaluate.ipynb #ef949c56
+# %% ../nbs/40b_evaluate.ipynb #be7a4fb4
 def evaluate(
     folder: str | Path,      # a checkpoint folder
     split: str = "test",     # "valid" or "test"
     dialogues: int = 1000,   # dialogues to draw questions from
+    loaded: Callable | None = None,   # called once the checkpoint is found to be sound
 ) -> dict:                   # the scorecard
     "Judge a checkpoint; the scorecard is also written to scorecard.json there"
     start = time.perf_counter()
     model, tokenizer, metadata = load_thinker(folder)
+    if loaded: loaded()
     settings, progress = metadata["config"]["training_params"], metadata["progress"]
     text, controls = text_scores(model, tokenizer, split, dialogues, settings["sequence"])
     card = dict(text=text, controls=controls, parameters=dict(

@@ -113,6 +113,9 @@ def difference(
         want = torch.as_tensor(want)
     if isinstance(got, torch.Tensor) and isinstance(want, (int, float)):
         want = torch.tensor(want)
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+        if got.is_complex() or want.is_complex():     # two numbers each
+            got, want = (torch.view_as_real(x + 0j) for x in (got, want))
     if isinstance(want, torch.Tensor):
         if isinstance(got, (int, float)):
             got = torch.tensor(got)

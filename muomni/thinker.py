@@ -65,11 +65,13 @@ class ThinkerLM(nn.Module):
 
 # %% ../nbs/20_thinker.ipynb #e096dff5
 def _initialise(model):
-    "Normal weights; what is added to the residual stream starts at zero"
+    "Normal weights; words begin loud, and what the blocks add to them begins at zero"
+    loud = 0.02 if model.config.tied else 2.0      # a shared table is the head's, too
     for name, p in model.named_parameters():
         if p.dim() < 2: continue
         if name.endswith(("attention.out.weight", "down.weight")): nn.init.zeros_(p)
-        elif name in ("head.weight", "embedding.weight"): nn.init.normal_(p, std=0.02)
+        elif name == "embedding.weight": nn.init.normal_(p, std=loud)
+        elif name == "head.weight": nn.init.normal_(p, std=0.02)
         else: nn.init.normal_(p, std=model.config.width ** -0.5)
 
 # %% ../nbs/20_thinker.ipynb #3d0769f7

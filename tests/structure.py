@@ -20,6 +20,9 @@ SAME_FLOOR = {
     "nn.moe": "nn.mlp",
     "nn.block": "config nn.gqa nn.mlp nn.moe nn.norm nn.cache",
     "data.english": "data.words",
+    "data.speech": "data.synth",
+    "data.sentences": "data.english data.scenes data.speech data.words data.world",
+    "data.sounds": "data.scenes data.words",
     "data.scenes": "data.words",
     "data.questions": "data.scenes data.words",
     "data.facts": "data.questions data.scenes data.words",
@@ -216,6 +219,45 @@ def star_imports(root):
     texts += [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for d in ("muomni", "tests", "tools") for p in (root / d).rglob("*.py")]
     return [f"{where}: import names, not *" for where, text in texts for n in ast.walk(tree_of(text))
             if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+
+
+def imports_of(tree):
+    "(bound name, line) of the imports of a tree, but for those in a try or a with: they may be made for what they do"
+    for n in ast.iter_child_nodes(tree):
+        if isinstance(n, (ast.Import, ast.ImportFrom)):
+            if getattr(n, "module", "") != "__future__": yield from ((a.asname or a.name.split(".")[0], n.lineno) for a in n.names)
+        elif not isinstance(n, (ast.Try, ast.With)): yield from imports_of(n)
+
+
+def names_used(text):
+    "The names that some code reads, also in annotations in quotes, in __all__, and in lines that only IPython understands"
+    text = re.sub(r"^%%.*\n", "", text.lstrip())
+    out = set(re.findall(r"\w+", " ".join(re.findall(r"^[ \t]*[%!?].*$", text, re.M))))
+    try: tree = tree_of(text)
+    except SyntaxError: return out | set(re.findall(r"\w+", text))          # another language below a %%magic
+    for n in ast.walk(tree):
+        quoted = [getattr(n, "annotation", None), getattr(n, "returns", None)]
+        if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") in ("__all__", "_all_"): quoted += ast.walk(n.value)
+        if isinstance(n, ast.Name): out.add(n.id)
+        for q in quoted:
+            if isinstance(q, ast.Constant) and isinstance(q.value, str): out |= set(re.findall(r"\w+", q.value))
+    return out
+
+
+def unused_imports(root):
+    "What a module imports, it uses or names in __all__; what a notebook imports, one of its cells uses"
+    bad = []
+    for name, p in modules(root).items():
+        text = p.read_text(encoding="utf-8")
+        used = names_used(text)
+        bad += [f"muomni/{name} line {i} imports {x} and does not use it" for x, i in imports_of(ast.parse(text)) if x not in used]
+    for name, nb in notebooks(root).items():
+        code = [(i, source(c)) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code"]
+        used = set().union(*(names_used(t) for _, t in code))
+        for i, t in code:
+            if t.lstrip().startswith("%%"): continue
+            bad += [f"{name} cell {i} imports {x}, and no cell uses it" for x, _ in imports_of(tree_of(t)) if x not in used]
+    return bad
 
 
 # ---- cells and outputs

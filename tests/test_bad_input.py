@@ -251,11 +251,25 @@ def test_over_another_model(checkpoint, copy):
     refused(copy, 1, "muomni did not make", words=["train", "text", *settings(), "--out", copy])
 
 
+def test_config_of_another_version(copy):
+    "Settings that are new since then count as their defaults; settings that nobody knows any more are told"
+    config = dict(model_params={**SIZES, "context": 256}, training_params=dict(sequence=128))
+    (copy / "my.json").write_text(json.dumps(config))
+    words = ["train", "text", "--config", copy / "my.json", "--out", copy]
+    edit_metadata(copy, config=config)
+    refused(copy, 1, "training_params.lr=0.02, now it is 0.5", "--out", words=[*words, "--set", "training_params.lr=0.5"])
+    status, out, err = call(*words)
+    assert (status, out) == (0, "") and "done already" in err, err
+    for known in ({**config, "smell_params": {}}, {"model_params": {"legs": 4}}, None):
+        edit_metadata(copy, config=known)
+        refused(copy, 1, "--out", words=words)
+
+
 def test_over_another_tokenizer(copy):
     shutil.rmtree(copy / "thinker")
     before = (copy / "tokenizer.json").read_bytes()
     status, out, err = call("train", "text", *settings(), "--set", "model_params.vocab_size=300", "--out", copy)
-    one_line(status, out, err, 1, "tokenizer.json", "vocab_size is 300", "--out")
+    one_line(status, out, err, 1, "tokenizer.json", "vocab_size is 300", "another folder")
     assert (copy / "tokenizer.json").read_bytes() == before
 
 

@@ -68,11 +68,13 @@ def test_eval_json(checkpoint, monkeypatch):
     few_texts(monkeypatch)
     talk_by_the_way(monkeypatch, "muomni.evaluate.text_scores")
     monkeypatch.setattr("muomni.evaluate.ngram_exact", lambda *a, **k: 0.0)
-    folder = make_checkpoint(checkpoint.parent / "judged", context=1024)
+    folder, loaded = make_checkpoint(checkpoint.parent / "judged", context=1024), []
+    from muomni.chat import load_thinker
+    for module in ("chat", "evaluate"): monkeypatch.setattr(f"muomni.{module}.load_thinker", lambda f: loaded.append(f) or load_thinker(f))
     status, out, err = call("eval", "--checkpoint", folder, "--dialogues", "3", "--json")
     card = read_json(out)
     assert status == 0 and card["split"] == "test" and 0 <= card["text"]["exact"] <= 1 and card["text"]["bits_per_byte"] > 0
-    assert json.loads((folder / "scorecard.json").read_text()) == card and "judging" in err
+    assert json.loads((folder / "scorecard.json").read_text()) == card and "judging" in err and len(loaded) == 1
     from muomni.evaluate import table
     monkeypatch.setattr("muomni.evaluate.evaluate", lambda *a: card)
     assert call("eval", "--checkpoint", folder)[1] == table(card) + "\n"
@@ -106,6 +108,22 @@ def test_commands_say_what_they_print(checkpoint):
     status, out, err = call("chat", "--checkpoint", checkpoint, "--text", "hello", "--max-tokens", "3")
     assert status == 0 and err == "" and out.endswith("\n")
     assert out[:-1] == read_json(call("chat", "--checkpoint", checkpoint, "--text", "hello", "--max-tokens", "3", "--json")[1])["reply"]
+
+
+# ---- train
+
+def test_tensorboard_is_asked_for(tmp_path, monkeypatch):
+    "The stage hears of it only when it is set; without the package it is refused before anything is written"
+    few_texts(monkeypatch)
+    heard = []
+    monkeypatch.setattr("muomni.train.text.train_text", lambda config, out, **more: heard.append(more))
+    for n, words in enumerate(([], ["--tensorboard"])):
+        monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name == "tensorboard")
+        assert call("train", "text", *settings(), "--out", tmp_path / str(n), *words)[0] == 0
+    assert heard == [dict(bar=heard[0]["bar"]), dict(bar=heard[0]["bar"], tensorboard=True)]
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    one_line(*call("train", "text", *settings(), "--out", tmp_path / "new", "--tensorboard"), 1, "pip install tensorboard")
+    assert not (tmp_path / "new").exists()
 
 
 # ---- check
@@ -266,6 +284,7 @@ def test_conversation_at_a_terminal(checkpoint):
         t.wait("xxx")                                    # the answer is coming
         t.type("\x03")                                   # Ctrl-C stops it, not the program
         t.wait("(stopped)"); t.wait("you    > ")
+        time.sleep(0.5)                                  # as a person would: Python overlooks it between prompt and wait
         t.type("\x03")                                   # Ctrl-C with no answer on its way: still there
         t.wait("/quit"); t.wait("you    > ")
         t.type("/help\n")

@@ -83,3 +83,32 @@ def test_finished_is_not_done_again(straight, folder):
         status, out, err = call("train", "text", *settings(), "--out", folder)
     assert (status, out) == (0, "") and "done already" in err and content(folder) == before
     same(straight, first)
+
+
+def in_time(folder, stop=None):
+    "The training with a budget of a quarter of a minute, on a clock that only steps move on; stopped before step `stop`"
+    import muomni.train.loop as loop
+    real, now = loop.one_step, [0.0]
+    def one_step(run):
+        if run.progress["step"] == stop: raise KeyboardInterrupt
+        now[0] += 0.3 if run.progress["step"] < 25 else 0.2
+        return real(run)
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        m.setattr(loop, "one_step", one_step)
+        m.setattr(loop.time, "perf_counter", lambda: now[0])
+        status, out, err = call("train", "text", *settings(steps=500, minutes=0.25), "--out", folder)
+    assert status == (130 if stop else 0), err
+    return torch.load(folder / "thinker" / "state.pt", weights_only=True)
+
+
+def test_same_plan_after_a_stop(tmp_path):
+    "The plan is made from what all processes saw: same clock, same number of steps, same bits; and the budget is used"
+    straight = in_time(with_tokenizer(tmp_path / "straight"))
+    twice = with_tokenizer(tmp_path / "twice")
+    assert in_time(twice, 40)["progress"]["step"] == 40
+    again = in_time(twice)
+    p = straight["progress"]
+    assert p["step"] == p["plan"] < 500 and 0.97 < p["seconds"] / 15 <= 1.01
+    assert again["progress"]["plan"] == p["plan"] and again["progress"]["seconds"] == pytest.approx(p["seconds"])
+    assert all(torch.equal(straight["model"][k], again["model"][k]) for k in straight["model"])

@@ -5,8 +5,8 @@ import pytest
 import check_site, pages, structure as S
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.import_cells, S.last_cell, S.long_cells,
-         S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.foreign_imports, check_site.sources]
+RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.unused_imports, S.import_cells, S.last_cell,
+         S.long_cells, S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.foreign_imports, check_site.sources]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda f: f.__name__)
@@ -113,6 +113,9 @@ BREAKS = {
     "field without comment": (S.docments, "field a", lambda r: module(r, "nn.x", "__all__ = ['C']\n@dataclass\nclass C:\n    'C'\n    a: int = 1\n")),
     "star": (S.star_imports, "not *", lambda r: add(r, code("from math import *"))),
     "star in the package": (S.star_imports, "muomni/nn/x.py", lambda r: module(r, "nn.x", "from math import *\n")),
+    "unused in a module": (S.unused_imports, "muomni/nn.x line 2 imports sqrt", lambda r: module(r, "nn.x", "import math\nfrom math import sqrt, pi\nx = math.pi + pi\n")),
+    "unused in a function": (S.unused_imports, "imports math", lambda r: module(r, "nn.x", "def f():\n    import math\n    return 1\n")),
+    "unused in a notebook": (S.unused_imports, "07_double.ipynb cell 4 imports plt", lambda r: add(r, code("import math, matplotlib.pyplot as plt"), code("math.pi"))),
     "mixed imports": (S.import_cells, "mixes imports", lambda r: add(r, code("import math\nx = undefined"))),
     "import in a function": (S.import_cells, "mixes imports", lambda r: add(r, code("def f():\n    import math"))),
     "export at the end": (S.last_cell, "ends on a cell", lambda r: add(r, code("#| exports\nx = 1"))),
@@ -155,3 +158,11 @@ def test_slow_import_is_seen(tree):
 def test_two_spellings_of_a_picture_are_fine(tree):
     add(tree, code("#| fig-alt: a dot\nplot()", picture()), code("%%time\nfrom math import *"), code("#| eval: false\nimport math\nx = 1"))
     assert S.alt_text(tree) == S.import_cells(tree) == S.star_imports(tree) == []
+
+
+def test_imports_that_are_used_or_meant(tree):
+    "Handed on by __all__, named in an annotation in quotes, used by a magic, tried, or made for what they do"
+    add(tree, code("import math, json, cmath"), code("%timeit math.pi"), code("%%time\nprint(json.dumps(1))"), code("%%bash\necho $cmath | x"))
+    module(tree, "nn.x", "from __future__ import annotations\nimport os.path\nfrom math import sqrt\nfrom enum import Enum\n__all__ = ['sqrt']\n"
+           "def f(a: 'Enum | None'):\n    try: import readline\n    except ImportError: pass\n    return os.path\n")
+    assert S.unused_imports(tree) == []

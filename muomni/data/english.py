@@ -6,15 +6,20 @@
 __all__ = ['PACKAGES', 'SPLITS', 'shingles', 'strings', 'is_prose', 'paragraphs', 'read', 'split_of', 'build', 'documents',
            'fingerprint']
 
-# %% ../../nbs/35b_english.ipynb #e6b343c5
+# %% ../../nbs/35b_english.ipynb #23ef2ab3
+import contextlib
 import functools
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
+import os
 import platform
 import re
 import sysconfig
+import zlib
 from pathlib import Path
 
 # %% ../../nbs/35b_english.ipynb #b8ffa59b
@@ -47,15 +52,17 @@ def _roots():
             found[name] = Path(list(spec.submodule_search_locations)[0])
     return found
 
-# %% ../../nbs/35b_english.ipynb #0eeb8661
-def _sources():
-    "(module name, source) of each Python file, in a fixed order; nothing is imported."
+# %% ../../nbs/35b_english.ipynb #e97b53bd
+def _files():
+    "(module name, path) of each Python file, in a fixed order."
     for package, root in _roots().items():
-        for path in sorted(root.rglob("*.py")):
+        found = []
+        for folder, below, names in os.walk(root):
+            below[:] = [name for name in below if name not in _SKIP]
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+        for path in sorted(found):
             parts = path.relative_to(root).with_suffix("").parts
-            if not _SKIP.intersection(parts):
-                source = path.read_text("utf-8", errors="ignore")
-                yield ".".join((package,) + parts), source
+            if not _SKIP.intersection(parts): yield ".".join((package,) + parts), path
 
 # %% ../../nbs/35b_english.ipynb #863882d1
 _TRIPLE = re.compile(r'("""|\'\'\')\\?(.*?)\1', re.S)
@@ -188,13 +195,14 @@ def paragraphs(text: str):  # a docstring or comment
         match = _SENTENCES.match(_plain(block))
         if match and is_prose(match.group()): yield match.group()
 
-# %% ../../nbs/35b_english.ipynb #d03d0f07
+# %% ../../nbs/35b_english.ipynb #8704ee60
 @functools.cache
 def read() -> dict:  # name of document -> list of paragraphs
     "All English found on this machine, duplicates included. Do not change it."
     from pydoc_data.topics import topics
     found = {f"topic.{n}": list(paragraphs(topics[n])) for n in sorted(topics)}
-    for name, source in _sources():
+    for name, path in _files():
+        source = path.read_text("utf-8", errors="ignore")
         found[name] = [p for text in strings(source) for p in paragraphs(text)]
     return {name: paras for name, paras in found.items() if paras}
 
@@ -222,10 +230,9 @@ def _fresh(paras, seen, known, report):
         seen.add(key)
     return kept
 
-# %% ../../nbs/35b_english.ipynb #035c9afc
-@functools.cache
-def build() -> tuple:  # {split: {name: [paragraph, ...]}}, counts of what was dropped
-    "Read, split and deduplicate, once per process."
+# %% ../../nbs/35b_english.ipynb #b2f803f9
+def _build():
+    "Read, split and deduplicate."
     found, splits = read(), {split: {} for split in SPLITS}
     report = {"exact duplicates": 0, "near duplicates": 0}
     seen, known = set(), set()
@@ -237,6 +244,63 @@ def build() -> tuple:  # {split: {name: [paragraph, ...]}}, counts of what was d
         for paras in splits[split].values():
             for paragraph in paras: known |= shingles(paragraph)
     return splits, report
+
+# %% ../../nbs/35b_english.ipynb #00e95d30
+def _key():
+    "Names what the text is made from; None where that cannot be told."
+    rules = globals().get("__file__")              # in a notebook there is none
+    if rules is None: return None
+    digest = hashlib.sha256(Path(rules).read_bytes())
+    digest.update(json.dumps(_versions(), sort_keys=True).encode())
+    for name, path in _files():
+        known = path.stat()
+        digest.update(f"{name}\0{known.st_size}\0{known.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+# %% ../../nbs/35b_english.ipynb #a2d8169a
+def _cache_file():
+    "Where the text is kept between processes; None where there is no such place."
+    course = Path(importlib.util.find_spec("muomni").origin).parents[1]
+    folder = os.environ.get("MUOMNI_CACHE")
+    if not folder and (course / "settings.ini").is_file():
+        folder = course / "data" / "cache"
+    try: folder = folder or Path.home() / ".cache" / "muomni"
+    except RuntimeError: return None                  # nobody is at home
+    return Path(folder) / "english.json.gz"
+
+# %% ../../nbs/35b_english.ipynb #415867d3
+def _load(path, key):
+    "What `_save` kept under this key, or None."
+    try: kept = json.loads(gzip.decompress(Path(path).read_bytes()))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError): return None
+    if not isinstance(kept, dict) or kept.get("key") != key: return None
+    splits, report = kept.get("splits"), kept.get("report")
+    sound = (isinstance(splits, dict) and tuple(splits) == SPLITS
+             and all(isinstance(docs, dict) for docs in splits.values())
+             and isinstance(report, dict))
+    return (splits, report) if sound else None
+
+# %% ../../nbs/35b_english.ipynb #220fae80
+def _save(path, key, built):
+    "Keep it, whole or not at all; a place that cannot be written is no trouble."
+    kept = json.dumps(dict(key=key, splits=built[0], report=built[1]))
+    part = Path(path).with_name(f"english.{os.getpid()}.part")
+    with contextlib.suppress(OSError):
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(gzip.compress(kept.encode(), 1, mtime=0))
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
+
+# %% ../../nbs/35b_english.ipynb #b26be5ae
+@functools.cache
+def build() -> tuple:  # {split: {name: [paragraph, ...]}}, counts of what was dropped
+    "The text, read, split and deduplicated: from the cache, or anew."
+    path, key = _cache_file(), _key()
+    if path is None or key is None: return _build()
+    built = _load(path, key)
+    if built is None: _save(path, key, built := _build())
+    return built
 
 # %% ../../nbs/35b_english.ipynb #5f4aface
 def documents(

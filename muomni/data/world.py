@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'Dialogue', 'make_dialogue', 'vocabulary']
 
-# %% ../../nbs/35a_world.ipynb #c243902b
+# %% ../../nbs/35a_world.ipynb #c07c5ad9
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 from .facts import WORD_KINDS, word_texts, word_turn
-from .questions import SCENE_KINDS, Turn, scene_texts, scene_turn
-from .scenes import (
-    Dice, Scene, Shape, caption, draw, is_held_out, make_scene, noun_picture, nouns,
-    pair_split, roll_scene)
-from .words import COLOURS, SHAPES
+from .questions import SCENE_KINDS, scene_texts, scene_turn
+from .scenes import Dice, caption, roll_scene
 
 # %% ../../nbs/35a_world.ipynb #2c469cd3
 @dataclass(frozen=True)

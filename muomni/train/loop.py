@@ -6,7 +6,7 @@
 __all__ = ['PATIENCE', 'REPLAN', 'Task', 'train_step', 'polite_interrupt', 'CsvLog', 'planned_steps', 'keep_random', 'Run',
            'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log']
 
-# %% ../../nbs/26_loop.ipynb #3d612c40
+# %% ../../nbs/26_loop.ipynb #243a12f6
 import contextlib
 import csv
 import io
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..config import TrainConfig
-from .checkpoint import CheckpointError, load_state, save_state, write_whole
+from .checkpoint import (
+    FREE, CheckpointError, first_change, load_state, save_state, write_whole)
 from .optim import choose_precision, make_optimizer, schedule, set_lr
 
 # %% ../../nbs/26_loop.ipynb #4d97eae0
@@ -106,17 +107,19 @@ class CsvLog:
         "No more rows"
         self.file.close()
 
-# %% ../../nbs/26_loop.ipynb #190b988c
+# %% ../../nbs/26_loop.ipynb #f0682d3a
 def planned_steps(
     steps: int,       # steps wished for
     done: int,        # steps done so far
     seconds: float,   # training time of those
     minutes: float,   # budget; 0 = no limit
-    first: float = 0.0,  # seconds of these spent once, on the first step (compiling)
+    slow: tuple[int, float] = (0, 0.0),  # steps of these that say nothing of the
+                                         # pace, such as the first, and their seconds
 ) -> int:             # steps that fit, at least `done`
     "Fewer steps where the machine is too slow, so that the schedule still ends"
     if not minutes: return steps
-    pace = max(1e-9, seconds - first) / max(1, done - (first > 0))
+    if done <= slow[0]: slow = 0, 0.0            # nothing else is known yet
+    pace = max(1e-9, seconds - slow[1]) / max(1, done - slow[0])
     return max(done, min(steps, done + int((minutes * 60 - seconds) / pace + 1e-9)))
 
 # %% ../../nbs/26_loop.ipynb #1b74d603
@@ -128,7 +131,7 @@ def keep_random():
         try: yield
         finally: random.setstate(states[0]); np.random.set_state(states[1])
 
-# %% ../../nbs/26_loop.ipynb #081f2b11
+# %% ../../nbs/26_loop.ipynb #9d7439c4
 @dataclass
 class Run:
     "A training under way"
@@ -139,8 +142,9 @@ class Run:
     precision: torch.dtype             # what autocast computes in
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
+    start: int = 0                     # step at which this process took over
 
-# %% ../../nbs/26_loop.ipynb #c6dd6cc7
+# %% ../../nbs/26_loop.ipynb #d35da905
 def start_run(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train
@@ -150,30 +154,28 @@ def start_run(
     c, folder = config, Path(folder)
     device = next(task.model.parameters()).device.type
     optimizer = make_optimizer(task.model, c.optimizer, c.lr, c.adam_lr, c.weight_decay)
-    p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0)
+    p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
     if p.setdefault("minutes", c.minutes) != c.minutes:    # another budget, another plan
-        if p["step"] >= REPLAN:
-            p["plan"] = planned_steps(c.steps, p["step"], p["seconds"], c.minutes)
         p["minutes"] = c.minutes
+        if p["step"] >= REPLAN: _plan(p, c)
     if "precision" not in p:
         chosen = choose_precision(c.precision, device)
         p["precision"] = str(chosen).removeprefix("torch.")
     if c.compile: task = replace(task, loss=compiled(task.loss))
-    return Run(task, c, folder, optimizer, getattr(torch, p["precision"]), p)
+    precision = getattr(torch, p["precision"])
+    return Run(task, c, folder, optimizer, precision, p, start=p["step"])
 
-# %% ../../nbs/26_loop.ipynb #d574b1a4
-_FREE = ("minutes", "save_every", "validate_every", "compile")  # may change on resume
-
+# %% ../../nbs/26_loop.ipynb #d8b20766
 def _same_settings(folder, progress, config):
     "Refuse to go on with other settings than those of the first start"
-    now = {k: v for k, v in asdict(config).items() if k not in _FREE}
-    for key, old in progress.setdefault("settings", now).items():
-        if now.get(key) != old:
-            raise CheckpointError(f"{folder}: began with training_params.{key}={old}, "
-                f"now it is {now.get(key)}; set it back, or delete state.pt to start "
-                "anew")
+    now = {k: v for k, v in asdict(config).items() if k not in FREE}
+    began = asdict(TrainConfig()) | progress.setdefault("settings", now)
+    if change := first_change(began, now):
+        key, old, new = change
+        raise CheckpointError(f"{folder}: began with training_params.{key}={old}, now "
+            f"it is {new}; set it back, or delete state.pt to start anew")
 
 # %% ../../nbs/26_loop.ipynb #d5bf0039
 def compiled(
@@ -221,9 +223,21 @@ def _count_skipped(p, loss, norm):
             f"gradient (loss {loss:.4g}); halve training_params.lr and adam_lr, or set "
             "training_params.precision=float32, and delete state.pt to start anew")
 
-# %% ../../nbs/26_loop.ipynb #e613a3ef
-REPLAN = 20    # steps after which the pace of this machine is known
+# %% ../../nbs/26_loop.ipynb #3f92a014
+REPLAN = 20    # steps after which the pace of this machine can be guessed
 
+def _is_plan_due(step):
+    "After steps 20, 50 and 100, then after every 200"
+    return step in (REPLAN, 50, 100) or step % 200 == 0
+
+# %% ../../nbs/26_loop.ipynb #3abeddb3
+def _plan(p, config):
+    "How many steps it will be; from the first plan on, the start counts as slow"
+    p["plan"] = planned_steps(config.steps, p["step"], p["seconds"], config.minutes,
+                              p["slow"])
+    if p["slow"][0] < REPLAN: p["slow"] = p["step"], p["seconds"]
+
+# %% ../../nbs/26_loop.ipynb #145c64a5
 def fit(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train; minutes and steps are its budget
@@ -253,7 +267,7 @@ def _closing(logs):
     finally:
         for log in logs: log.close()
 
-# %% ../../nbs/26_loop.ipynb #512ad7c3
+# %% ../../nbs/26_loop.ipynb #a1af4f32
 def _whole_step(run, show, logs):
     "A step, and what is due after it: plan, validate, log, save, tell"
     p, c = run.progress, run.config
@@ -261,10 +275,9 @@ def _whole_step(run, show, logs):
     row = one_step(run)
     seconds = time.perf_counter() - begin
     p["seconds"] += seconds
-    if p["step"] == 1 and c.compile: p["first"] = seconds
-    if p["step"] == REPLAN:
-        p["plan"] = show.total = planned_steps(c.steps, REPLAN, p["seconds"], c.minutes,
-                                               p.get("first", 0.0))
+    if p["step"] == run.start + 1 and (c.compile or not run.start):
+        p["slow"] = p["slow"][0] + 1, p["slow"][1] + seconds
+    if _is_plan_due(p["step"]): _plan(p, c); show.total = p["plan"]
     row |= dict(seconds=round(p["seconds"], 2), tokens=p["tokens"], figures="")
     due = p["step"] == p["plan"] or p["step"] % c.validate_every == 0
     if run.task.validate and due: row["figures"] = _validate(run)

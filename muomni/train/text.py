@@ -300,6 +300,7 @@ def train_text(
     config: Config,       # from `load_config`
     out: str | Path,      # the checkpoint folder; gets tokenizer.json and thinker/
     bar: bool = True,     # show a progress bar
+    tensorboard: bool = False,  # also write a TensorBoard log
 ) -> ThinkerLM:           # trained, in eval mode
     "Stage A from nothing, or from where it stopped"
     out = Path(out)
@@ -309,7 +310,7 @@ def train_text(
         torch.manual_seed(config.training_params.seed)
         model = ThinkerLM(config.model_params)
         task = text_task(config, tokenizer, model)
-        run = fit(task, config.training_params, out / "thinker", bar)
+        run = fit(task, config.training_params, out / "thinker", bar, tensorboard)
         figures = run.figures[-1][1] if run.figures else {}
         save_model(out / "thinker", model.eval(), dict(
             stage="text", config=config.to_dict(), progress=run.progress,
