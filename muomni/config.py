@@ -75,7 +75,7 @@ def _need_positive(
         value = getattr(config, key)
         _need(value > 0, section, key, value, "more than 0")
 
-# %% ../nbs/34_config.ipynb #97532ca7
+# %% ../nbs/34_config.ipynb #2f64ffb9
 @dataclass(frozen=True)
 class ThinkerConfig:
     "Sizes of the Thinker; the defaults are the `tiny` preset."
@@ -90,6 +90,7 @@ class ThinkerConfig:
     rope_theta: float = 10000.0    # base of the rotation wavelengths
     norm_eps: float = 1e-6         # added under the root in RMSNorm
     tied: bool = False             # one matrix for embedding and head
+    look_back: bool = False        # first heads begin by looking 1, 2, ... tokens back
     experts: int = 0               # X, experts in a block; 0 = one SwiGLU
     experts_per_token: int = 2     # experts that each token visits
     capacity_factor: float = 1.25  # room of an expert, in equal shares

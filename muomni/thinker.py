@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ThinkerLM', 'thinker_loss', 'new_cache', 'qwen3_config', 'qwen3_weights']
 
-# %% ../nbs/20_thinker.ipynb #6e146a26
+# %% ../nbs/20_thinker.ipynb #f9677c34
 import torch
 from torch import Tensor, nn
 from .config import ThinkerConfig
@@ -15,7 +15,7 @@ from .nn.cache import KVCache
 from .nn.loss import chunked_cross_entropy
 from .nn.moe import balance_loss
 from .nn.norm import RMSNorm
-from .nn.rope import Rope
+from .nn.rope import Rope, rope_frequencies
 
 # %% ../nbs/20_thinker.ipynb #c6f44244
 class ThinkerLM(nn.Module):
@@ -63,16 +63,35 @@ class ThinkerLM(nn.Module):
         "Logits of the next token at every place"
         return self.logits(self.hidden(ids, **inputs))
 
-# %% ../nbs/20_thinker.ipynb #e096dff5
+# %% ../nbs/20_thinker.ipynb #4962fe2a
 def _initialise(model):
     "Normal weights; words begin loud, and what the blocks add to them begins at zero"
-    loud = 0.02 if model.config.tied else 2.0      # a shared table is the head's, too
+    loud = 0.02 if model.config.tied else 1.0      # a shared table is the head's, too
     for name, p in model.named_parameters():
         if p.dim() < 2: continue
         if name.endswith(("attention.out.weight", "down.weight")): nn.init.zeros_(p)
         elif name == "embedding.weight": nn.init.normal_(p, std=loud)
         elif name == "head.weight": nn.init.normal_(p, std=0.02)
         else: nn.init.normal_(p, std=model.config.width ** -0.5)
+    if model.config.look_back: _look_back(model, loud)
+
+# %% ../nbs/20_thinker.ipynb #3f9d7e03
+@torch.no_grad()
+def _look_back(model, loud, pairs=5, noise=0.15):
+    "Head h of the first block begins by looking h + 1 tokens back"
+    c, half = model.config, model.config.head_width // 2
+    shared = nn.functional.normalize(torch.randn(c.width), dim=0)
+    model.embedding.weight += 0.7 * loud * c.width ** 0.5 * shared
+    speeds = rope_frequencies(c.head_width, c.rope_theta)[:pairs]
+    pairs = len(speeds)                              # a narrow head has fewer
+    H, G = c.heads, c.kv_heads
+    heads = model.blocks[0].attention.qkv.weight.view(H + 2 * G, c.head_width, c.width)
+    heads[:H + G] *= noise                           # queries, then keys
+    heads[H:H + G, :pairs] += shared                 # every key points the same way
+    for h in range(H):                               # a query looks where they stood
+        turn = -(h + 1) * speeds
+        heads[h, :pairs] += turn.cos().outer(shared)
+        heads[h, half:half + pairs] += turn.sin().outer(shared)
 
 # %% ../nbs/20_thinker.ipynb #3d0769f7
 def _embed(model, ids, embeddings):
