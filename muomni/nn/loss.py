@@ -14,19 +14,22 @@ from torch import Tensor
 def _row_losses(hidden, head, labels):
     "The summed loss of a few rows, and their log-probabilities (rows, V)"
     logp = F.log_softmax(hidden @ head.t(), -1, dtype=torch.float32)
-    return -logp.gather(1, labels[:, None]).sum(), logp
+    real = labels != -100                   # the others only fill the last few rows
+    right = logp.gather(1, (labels * real)[:, None])[:, 0]
+    return -(right * real).sum(), logp
 
 # %% ../../nbs/36a_loss.ipynb #7393b1a5
 def _row_slopes(logp, labels):
     "Probabilities minus one-hot (rows, V), written over the log-probabilities"
+    real = (labels != -100)[:, None]
     minus_one = logp.new_full((len(labels), 1), -1.0)
-    return logp.exp_().scatter_add_(1, labels[:, None], minus_one)
+    return logp.exp_().scatter_add_(1, labels[:, None] * real, minus_one).mul_(real)
 
 # %% ../../nbs/36a_loss.ipynb #75d35855
 class _ChunkedCrossEntropy(torch.autograd.Function):
     "Cross-entropy with its gradient, a few rows of float32 scores at a time"
     @staticmethod
-    def forward(ctx, hidden, head, labels, rows, learn):
+    def forward(ctx, hidden, head, labels, real, rows, learn):
         N, V = len(hidden), len(head)
         total = hidden.new_zeros((), dtype=torch.float32)
         slopes = hidden.new_empty(N, V) if learn else hidden.new_empty(0, V)
@@ -36,13 +39,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             if learn: slopes[i:i + rows] = _row_slopes(logp, y)
         if learn: ctx.save_for_backward(slopes @ head, slopes.t() @ hidden)
-        ctx.N = N
-        return total / N
+        ctx.real = real
+        return total / real
 
     @staticmethod
     def backward(ctx, g):
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * (g / ctx.N), d_head * (g / ctx.N), None, None, None
+        share = g / ctx.real
+        return d_hidden * share, d_head * share, None, None, None, None
 
 # %% ../../nbs/36a_loss.ipynb #9034096f
 def chunked_cross_entropy(
@@ -58,9 +62,13 @@ def chunked_cross_entropy(
     flat, keep = labels.flatten(), labels.flatten() != -100
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if not bool(keep.all()): hidden, flat = hidden[keep], flat[keep]
-    if len(flat) == 0: return hidden.sum() * 0    # nothing to learn, but still a graph
+    real = len(flat)
+    if real == 0: return hidden.sum() * 0         # nothing to learn, but still a graph
+    fill = -real % rows                           # as few different shapes as can be:
+    hidden = F.pad(hidden, (0, 0, 0, fill))       # a CPU prepares and keeps a kernel
+    flat = F.pad(flat, (0, fill), value=-100)     # for every shape that it meets
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, head = hidden.to(dtype), head.to(dtype)
     learn = torch.is_grad_enabled()               # validation wants the value only
-    return _ChunkedCrossEntropy.apply(hidden, head, flat, rows, learn)
+    return _ChunkedCrossEntropy.apply(hidden, head, flat, real, rows, learn)
