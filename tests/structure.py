@@ -32,6 +32,7 @@ SAME_FLOOR = {
     "evaluate": "chat",
     "train.loop": "train.optim train.checkpoint",
     "train.text": "train.loop train.optim train.checkpoint",
+    "train.codec": "train.loop train.checkpoint",
 }
 CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB = 30, 45, 400, 10     # a class has no half: its cell may be longer
 EXPORTS = {"export", "exports", "exporti"}

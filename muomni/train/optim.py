@@ -52,14 +52,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 change = update(p, self.state[p], group)
                 p.mul_(1 - lr * decay).add_(change, alpha=-lr)
 
-# %% ../../nbs/36b_optim.ipynb #81ca1d11
+# %% ../../nbs/36b_optim.ipynb #b6488d9c
 def _muon_update(p, state, group):
     "Nesterov momentum, orthogonalised, scaled by shape: one rate for all matrices"
     if "momentum" not in state: state["momentum"] = torch.zeros_like(p)
     m, beta = state["momentum"], group["momentum"]
     m.lerp_(p.grad, 1 - beta)
-    update = orthogonalise(p.grad.lerp(m, beta))
-    return update.to(p.dtype) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+    wide = p.grad.lerp(m, beta).flatten(1)         # a convolution is a matrix as well
+    scale = max(1, wide.shape[0] / wide.shape[1]) ** 0.5
+    return orthogonalise(wide).to(p.dtype).view_as(p) * scale
 
 # %% ../../nbs/36b_optim.ipynb #efa4e628
 def _adamw_update(p, state, group):
