@@ -263,6 +263,17 @@ def unused_imports(root):
 
 # ---- cells and outputs
 
+def sliders(root):
+    "A slider's values are written out, or are a list: nbdev_test skips such cells, and ipywidgets refuses a tuple of words"
+    bad = []
+    for name, i, c in cells(root, "code"):
+        for n in ast.walk(tree_of(source(c))):
+            if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "interact":
+                bad += [f"{name} cell {i}: {k.arg}={ast.unparse(k.value)} may be a tuple of words: list({ast.unparse(k.value)})"
+                        for k in n.keywords if isinstance(k.value, ast.Attribute) or isinstance(k.value, ast.Name) and k.value.id.isupper()]
+    return bad
+
+
 def import_cells(root):
     "A cell that imports does nothing else: the site's build runs such cells without the others"
     bad = []

@@ -5,7 +5,7 @@ import pytest
 import check_site, pages, structure as S
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.unused_imports, S.import_cells, S.last_cell,
+RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.unused_imports, S.sliders, S.import_cells, S.last_cell,
          S.long_cells, S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.foreign_imports, check_site.sources]
 
 
@@ -115,6 +115,7 @@ BREAKS = {
     "star in the package": (S.star_imports, "muomni/nn/x.py", lambda r: module(r, "nn.x", "from math import *\n")),
     "unused in a module": (S.unused_imports, "muomni/nn.x line 2 imports sqrt", lambda r: module(r, "nn.x", "import math\nfrom math import sqrt, pi\nx = math.pi + pi\n")),
     "unused in a function": (S.unused_imports, "imports math", lambda r: module(r, "nn.x", "def f():\n    import math\n    return 1\n")),
+    "a slider of words": (S.sliders, "word=WORDS may be a tuple", lambda r: add(r, code("interact(print, word=WORDS)"))),
     "unused in a notebook": (S.unused_imports, "07_double.ipynb cell 4 imports plt", lambda r: add(r, code("import math, matplotlib.pyplot as plt"), code("math.pi"))),
     "mixed imports": (S.import_cells, "mixes imports", lambda r: add(r, code("import math\nx = undefined"))),
     "import in a function": (S.import_cells, "mixes imports", lambda r: add(r, code("def f():\n    import math"))),

@@ -68,7 +68,7 @@ def main(nb, shot, limit=180):
     root = next(d for d in nb.parents if (d / "settings.ini").exists())
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home, sync_playwright() as p:
         work = Path(home) / "work"
-        for part in ("nbs", "muomni", "study"):
+        for part in ("nbs", "muomni", "study", "checkpoints"):
             if (root / part).exists(): shutil.copytree(root / part, work / part)
         shutil.copy(root / "settings.ini", work)
         lab = start_lab(work, home, port, token)
