@@ -25,7 +25,7 @@ define install
 endef
 
 $(VENV)/.muomni: settings.ini setup.py pyproject.toml
-	$(call install,.)
+	$(call install,.[speech$(comma)pictures])
 
 $(VENV)/.muomni-dev: settings.ini setup.py pyproject.toml
 	$(call install,.[dev$(comma)docs])
@@ -33,11 +33,12 @@ $(VENV)/.muomni-dev: settings.ini setup.py pyproject.toml
 
 comma := ,
 
-omni: $(VENV)/.muomni  ## install, train the nano model, print its scorecard and a conversation
+omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35 minutes), print its scorecard and a conversation
 	$(BIN)/muomni train all --preset nano --out checkpoints/nano
 	$(BIN)/muomni eval
 	$(BIN)/muomni chat --text "hello."
 	$(BIN)/muomni chat --text "here is a plain picture with a small red star on the left and a big blue circle in the middle. what colour is the star?"
+	$(BIN)/muomni chat --image data/examples/sample_image.png --text "what do you see?" --speak checkpoints/nano/answer.wav
 
 test: $(VENV)/.muomni-dev  ## all checks: structure, notebooks, pytest, site; ends on "N passed, N failed"
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/run_tests.py

@@ -10,30 +10,23 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from .config import ConfigError, config_from_dict
 from .sampling import Sampling, generate, lay_out_for_decoding
 from .thinker import ThinkerLM
 from .tokenizer import TextStream, Tokenizer, encode_chat, load_tokenizer
-from .train.checkpoint import CheckpointError, find_checkpoint, load_model
+from .train.checkpoint import CheckpointError, load_part
 
 # %% ../nbs/32b_chat.ipynb #194b43e6
 def load_thinker(
     folder: str | Path,   # a checkpoint folder: tokenizer.json and thinker/
 ) -> tuple[ThinkerLM, Tokenizer, dict]:   # model in eval mode, tokenizer, metadata
     "The trained Thinker of a checkpoint folder"
-    part = Path(folder) / "thinker"
-    _, metadata = find_checkpoint(part)
-    try: config = config_from_dict(metadata.get("config", {}), "model_metadata.json")
-    except ConfigError as e:
-        raise CheckpointError(f"{part}: made by another version: {e}") from None
-    model = ThinkerLM(config.model_params)
-    load_model(part, model)
+    model, metadata = load_part(Path(folder) / "thinker", ThinkerLM)
     tokenizer = load_tokenizer(Path(folder) / "tokenizer.json")
     known = model.config.vocab_size
     if len(tokenizer) > known:
         raise CheckpointError(f"{folder}: tokenizer.json has {len(tokenizer)} tokens, "
                               f"the model knows {known}: they do not belong together")
-    return lay_out_for_decoding(model.float().eval()), tokenizer, metadata
+    return lay_out_for_decoding(model), tokenizer, metadata
 
 # %% ../nbs/32b_chat.ipynb #65064f51
 def fit_messages(

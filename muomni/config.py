@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SECTIONS', 'ConfigError', 'ThinkerConfig', 'TrainConfig', 'AudioEncoderConfig', 'VisionConfig',
-           'CodecConfig', 'DataConfig', 'SpeechConfig', 'Config', 'config_from_dict', 'load_config', 'apply_overrides',
-           'parameter_count', 'unread_keys']
+           'CodecConfig', 'TalkerConfig', 'OmniConfig', 'DataConfig', 'SpeechConfig', 'PictureConfig', 'OmniDataConfig',
+           'Config', 'config_from_dict', 'load_config', 'apply_overrides', 'parameter_count', 'unread_keys']
 
 # %% ../nbs/34_config.ipynb #28ae8f81
 import ast
@@ -240,6 +240,42 @@ class CodecConfig:
         _need(self.revive_below >= 0, "model_params", "revive_below", self.revive_below,
               "0 or more")
 
+# %% ../nbs/34_config.ipynb #e23d926a
+@dataclass(frozen=True)
+class TalkerConfig:
+    "Sizes of the Talker; the defaults are the `tiny` preset."
+    width: int = 192            # D, features of a state
+    layers: int = 4             # L, number of blocks
+    heads: int = 3              # H, query heads
+    kv_heads: int = 1           # G, key/value heads; divides heads
+    head_width: int = 64        # E, features of one head; even
+    mlp_width: int = 768        # hidden features of SwiGLU
+    context: int = 1024         # letters and frames of speech (80 ms each) together
+    codebooks: int = 2          # K, as the codec has
+    codes: int = 128            # N, entries of a codebook, as the codec has
+    condition: str = "both"     # what it is told: "none", "letters", "states", "both"
+    layer: int = -1             # whose states of the Thinker: 0 to L; -1 = the last
+    rope_theta: float = 10000.0  # base of the rotation wavelengths
+    norm_eps: float = 1e-6      # added under the root in RMSNorm
+    experts: int = 0            # no experts in the Talker
+
+    def __post_init__(self):
+        _check_encoder(self, "context codebooks codes rope_theta", "")
+        _need_choice(self, "model_params", "condition",
+                     ("none", "letters", "states", "both"))
+
+# %% ../nbs/34_config.ipynb #b2059b65
+@dataclass(frozen=True)
+class OmniConfig:
+    "How pictures and sounds become places in the Thinker's text."
+    image_edge: int = 6         # places along an edge of a picture; 0 = class token only
+    compress: bool = True       # a place for each token heard, not for each 80 ms
+
+    def __post_init__(self):
+        _check_types(self, "model_params")
+        _need(self.image_edge >= 0, "model_params", "image_edge", self.image_edge,
+              "0 (class token only) or more")
+
 # %% ../nbs/34_config.ipynb #2abaafda
 def _check_encoder(
     c,             # a config of an encoder
@@ -294,10 +330,48 @@ class SpeechConfig:
               f"at most 1 - world ({1 - self.world:g})")
         _need_positive(self, "data_params", "sentences valid_sentences")
 
+# %% ../nbs/34_config.ipynb #18a3dc8d
+@dataclass(frozen=True)
+class PictureConfig:
+    "What the stage that sees is trained on."
+    nouns: float = 0.15          # share of emoji among the pictures, 0 to 1
+    captions: str = "thinker"    # who reads them: the trained "thinker", or "simple"
+    valid_pictures: int = 200    # pictures in a validation
+
+    def __post_init__(self):
+        _check_types(self, "data_params")
+        _need(0 <= self.nouns <= 1, "data_params", "nouns", self.nouns,
+              "a share from 0 to 1")
+        _need_choice(self, "data_params", "captions", ("thinker", "simple"))
+        _need_positive(self, "data_params", "valid_pictures")
+
+# %% ../nbs/34_config.ipynb #54e793d0
+@dataclass(frozen=True)
+class OmniDataConfig:
+    "What all parts together are trained on: shares of the rows, and their sizes."
+    text: float = 0.3            # share of text alone, English among it, 0 to 1
+    picture: float = 0.4         # share of pictures with written questions
+    sound: float = 0.1           # share of spoken questions; the rest has both
+    most_turns: int = 6          # longest conversation, in turns
+    spoken: int = 6000           # spoken questions made before training
+    valid_dialogues: int = 100   # conversations of each sort in a validation
+    valid_tokens: int = 40000    # tokens of real English in a validation
+
+    def __post_init__(self):
+        _check_types(self, "data_params")
+        shares = self.text, self.picture, self.sound
+        for key, share in zip(("text", "picture", "sound"), shares):
+            _need(0 <= share <= 1, "data_params", key, share, "a share from 0 to 1")
+        _need(sum(shares) <= 1, "data_params", "sound", self.sound,
+              f"at most 1 - text - picture ({1 - self.text - self.picture:g})")
+        _need_positive(self, "data_params",
+                       "most_turns spoken valid_dialogues valid_tokens")
+
 # %% ../nbs/34_config.ipynb #49f612fc
 STAGES = dict(thinker=(ThinkerConfig, DataConfig),
               audio_enc=(AudioEncoderConfig, SpeechConfig),
-              codec=(CodecConfig, SpeechConfig))
+              vision=(VisionConfig, PictureConfig), codec=(CodecConfig, SpeechConfig),
+              talker=(TalkerConfig, SpeechConfig), omni_sft=(OmniConfig, OmniDataConfig))
 
 # %% ../nbs/34_config.ipynb #3b655b78
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['swapped', 'chance', 'ngram_bits', 'ngram_exact', 'text_scores', 'machine', 'evaluate', 'table']
 
-# %% ../nbs/40b_evaluate.ipynb #a7fc8ad3
+# %% ../nbs/40b_evaluate.ipynb #8dbaac40
 import json
 import platform
 import random
@@ -18,10 +18,12 @@ import torch
 from .chat import load_thinker
 from .data.english import documents, fingerprint
 from .data.world import make_dialogue
+from .inference import Omni
 from .ngram import NGram, bits_per_byte
+from .scores import part_parameters, sense_lines, sense_scores
 from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, encode_chat
-from .train.checkpoint import write_whole
+from .train.checkpoint import find_checkpoint, write_whole
 from .train.text import english_bits, exact_share, questions
 
 # %% ../nbs/40b_evaluate.ipynb #e2f73bfc
@@ -146,53 +148,92 @@ def machine() -> str:   # processor, threads, system, version of torch
     return (f"{name}, {torch.get_num_threads()} threads, {platform.system()}, "
             f"torch {torch.__version__}")
 
-# %% ../nbs/40b_evaluate.ipynb #be7a4fb4
+# %% ../nbs/40b_evaluate.ipynb #58c95876
+_STAGES = "thinker", "audio", "vision", "omni", "codec", "talker"
+
+def _trainings(folder):
+    "{stage: metadata} of what lies in a checkpoint folder"
+    there = (n for n in _STAGES if (folder / n / "model.safetensors").is_file())
+    return {name: find_checkpoint(folder / name)[1] for name in there}
+
+# %% ../nbs/40b_evaluate.ipynb #ca2a13c8
+def _text_card(omni, first, known, split, dialogues):
+    "The text part, its controls; with bits before and after stage E"
+    if omni.model is None: return {}, {}
+    metadata = known["thinker" if "thinker" in known else "omni"]
+    window = metadata["config"]["training_params"]["sequence"]
+    model = omni.model.thinker if "omni" in known else first[0]
+    text, controls = text_scores(model, omni.tokenizer, split, dialogues, window)
+    if first and "omni" in known:
+        docs = documents(split)
+        bits = english_bits(first[0], omni.tokenizer, docs, window, window // 2)
+        text |= dict(bits_per_byte_before=round(bits, 4),
+                     more_bits=round(text["bits_per_byte"] / bits - 1, 4))
+    return dict(text=text), controls
+
+# %% ../nbs/40b_evaluate.ipynb #2678e7f3
+def _training(known):
+    "What it cost: seed, minutes of all stages, steps and tokens of the first"
+    minutes = {name: round(m.get("progress", {}).get("seconds", 0) / 60, 2)
+               for name, m in known.items()}
+    first = next(iter(known.values()))
+    progress = first.get("progress", {})
+    return dict(seed=first["config"]["training_params"]["seed"], training=dict(
+        minutes=round(sum(minutes.values()), 2), steps=progress.get("step", 0),
+        tokens=progress.get("tokens", 0), stages=minutes))
+
+# %% ../nbs/40b_evaluate.ipynb #0cf15948
 def evaluate(
     folder: str | Path,      # a checkpoint folder
     split: str = "test",     # "valid" or "test"
     dialogues: int = 1000,   # dialogues to draw questions from
     loaded: Callable | None = None,   # called once the checkpoint is found to be sound
+    judge: Callable | None = None,    # from `load_judge`; None = nobody listens
 ) -> dict:                   # the scorecard
     "Judge a checkpoint; the scorecard is also written to scorecard.json there"
-    start = time.perf_counter()
-    model, tokenizer, metadata = load_thinker(folder)
+    start, folder = time.perf_counter(), Path(folder)
+    omni, known = Omni.load(folder), _trainings(folder)
+    first = load_thinker(folder) if "thinker" in known else None
     if loaded: loaded()
-    settings, progress = metadata["config"]["training_params"], metadata["progress"]
-    text, controls = text_scores(model, tokenizer, split, dialogues, settings["sequence"])
-    card = dict(text=text, controls=controls, parameters=dict(
-        thinker=sum(p.numel() for p in model.parameters())))
-    card |= dict(seed=settings["seed"], split=split, training=dict(
-        minutes=round(progress["seconds"] / 60, 2), steps=progress["step"],
-        tokens=progress["tokens"]))
+    card, controls = _text_card(omni, first, known, split, dialogues)
+    sections, beside, missing = sense_scores(folder, omni, split, dialogues, judge)
+    card |= sections | dict(controls=controls | beside, missing=missing, split=split)
+    card |= dict(parameters=part_parameters(omni)) | _training(known)
     card["made"] = dict(date=date.today().isoformat(), machine=machine(),
                         seconds=round(time.perf_counter() - start, 1),
-                        data=fingerprint()["sha256"][:16])
-    write_whole(Path(folder) / "scorecard.json", (json.dumps(card, indent=1) + "\n").encode())
+                        data=fingerprint()["sha256"][:16],
+                        judge=getattr(judge, "name", None))
+    write_whole(folder / "scorecard.json", (json.dumps(card, indent=1) + "\n").encode())
     return card
 
-# %% ../nbs/40b_evaluate.ipynb #ae85c65b
+# %% ../nbs/40b_evaluate.ipynb #4cb848e4
 def table(
     card: dict,   # from `evaluate`
 ) -> str:         # lines of text
     "The scorecard as a table of text"
-    rows = [("ability", "figure", "beside it"), *_text_lines(card["text"], card["controls"])]
+    text = _text_lines(card["text"], card["controls"]) if "text" in card else []
+    rows = [("ability", "figure", "beside it"), *text, *sense_lines(card)]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
-# %% ../nbs/40b_evaluate.ipynb #cd5333f4
+# %% ../nbs/40b_evaluate.ipynb #e8b0d51c
 def _text_lines(t, c):
     "(ability, figure, beside it) of the text part"
     def against(bits, share):
         word = "fewer" if t[share] >= 0 else "more"
         return f"{t[bits]:.3f}: {abs(t[share]):.1%} {word}"
     weak = sorted(t["by_kind"].items(), key=lambda x: x[1])[:4]
+    before = []
+    if "more_bits" in t:
+        before = [("  before all at once", f"{t['bits_per_byte_before']:.3f}",
+                   f"since then {t['more_bits']:+.1%}; bar +1.0%")]
     return [
         ("real English, bits per byte", f"{t['bits_per_byte']:.3f}",
          "5-gram over tokens " + against("ngram_bits_per_byte", "fewer_bits")),
         ("", "", "5-gram over bytes "
          + against("ngram_bytes_bits_per_byte", "fewer_bits_than_bytes")),
-        ("held-out dialogue, exact answers", f"{t['exact']:.1%}",
+        *before, ("held-out dialogue, exact answers", f"{t['exact']:.1%}",
          f"5-gram {t['ngram_exact']:.1%}; {t['n']['questions']} questions"),
         ("  control: another question's prompt", f"{c['text_exact_shuffled']:.1%}",
          f"chance {c['text_exact_chance']:.1%}"),

@@ -9,7 +9,7 @@ __all__ = ['Sampling', 'penalise', 'shape_logits', 'choose', 'int8_works', 'weig
 # %% ../nbs/32a_sampling.ipynb #7f1aaf54
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache as remember
 import torch
@@ -194,6 +194,7 @@ def generate(
     ids: list[int],              # the prompt; at least one token
     s: Sampling = Sampling(),    # how to draw
     cache=None,                  # empty or partly filled `KVCache`; default: new
+    embed: Callable | None = None,   # prompt ids (1, T) -> (1, T, D); default: table
 ) -> Iterator[int]:              # new token ids, one by one
     "Token after token until a stop token, `max_tokens` or a full cache"
     if not ids: raise ValueError("the prompt is empty: give at least one token")
@@ -203,17 +204,23 @@ def generate(
     shortlist = fast_head(model, s)
     seen, new = list(ids), torch.tensor([ids], device=device)
     for _ in range(_room(cache, len(ids), s)):
-        state = model.hidden(new, cache=cache)[:, -1]
+        state = _read(model, new, embed, cache=cache)[:, -1]
         token = next_token(model, state, seen, s, generator, shortlist)
         if token in s.stop: return
         yield token
         seen.append(token)
-        new = torch.tensor([[token]], device=device)
+        new, embed = torch.tensor([[token]], device=device), None
 
 # %% ../nbs/32a_sampling.ipynb #a9747c58
 def _chance(s, device):
     "The source of chance: of a seed its own, else the common one"
     return None if s.seed is None else torch.Generator(device).manual_seed(s.seed)
+
+# %% ../nbs/32a_sampling.ipynb #632b550c
+def _read(model, ids, embed, **kw):
+    "States of ids (B, T), or of the vectors that `embed` makes of them"
+    if embed is None: return model.hidden(ids, **kw)
+    return model.hidden(embeddings=embed(ids), **kw)
 
 # %% ../nbs/32a_sampling.ipynb #f717434d
 def next_token(
@@ -250,6 +257,7 @@ def generate_batch(
     model,                       # a `ThinkerLM`
     prompts: list[list[int]],    # prompts of any lengths, each at least one token
     s: Sampling = Sampling(),    # how to draw; a seed serves all rows together
+    embed: Callable | None = None,   # prompt ids (B, T) -> (B, T, D); default: table
 ) -> list[list[int]]:            # new tokens of each, up to its stop token
     "Decode many prompts together, each stopping by itself"
     device = model.embedding.weight.device
@@ -258,13 +266,12 @@ def generate_batch(
     cache, rows = new_cache(model, B, T + s.max_tokens), torch.arange(B, device=device)
     limit, generator = _room(cache, T, s), _chance(s, device)
     valid = torch.arange(T, device=device) < lengths[:, None]
-    state = model.hidden(seen, valid=valid, cache=cache)[rows, lengths - 1]
+    state = _read(model, seen, embed, valid=valid, cache=cache)[rows, lengths - 1]
     done, stops = rows < 0, torch.tensor(s.stop, dtype=torch.long, device=device)
     out = []
     while len(out) < limit:
         logits = model.logits(state)
-        if s.repetition_penalty != 1:
-            logits = penalise(logits, seen, s.repetition_penalty)
+        if s.repetition_penalty != 1: logits = penalise(logits, seen, s.repetition_penalty)
         token = choose(logits, s, generator)
         done |= torch.isin(token, stops)
         if bool(done.all()): break

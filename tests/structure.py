@@ -10,8 +10,8 @@ FLOORS = {
     2: "omni",
     3: "data",
     4: "train",
-    5: "chat evaluate export bench",
-    6: "cli app",
+    5: "chat inference scores evaluate export bench",
+    6: "cli cli_senses app",
 }
 # Imports within a floor that are allowed, and no others.
 SAME_FLOOR = {
@@ -27,14 +27,23 @@ SAME_FLOOR = {
     "data.questions": "data.scenes data.words",
     "data.facts": "data.questions data.scenes data.words",
     "data.world": "data.facts data.questions data.scenes data.words",
+    "data.corpus": "data.english data.sentences data.speech",
     "data.make": "data.world data.scenes data.english data.words data.packing",
     "sampling": "thinker",
-    "evaluate": "chat",
+    "talker": "sampling tokenizer codec",
+    "scores": "inference",
+    "evaluate": "chat scores inference",
+    "cli": "cli_senses",
+    "cli_senses": "cli",
     "train.loop": "train.optim train.checkpoint",
     "train.text": "train.loop train.optim train.checkpoint",
+    "train.audio": "train.loop train.checkpoint train.text",
+    "train.vision": "train.loop train.checkpoint train.optim",
     "train.codec": "train.loop train.checkpoint",
+    "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni",
+    "train.omni": "train.loop train.checkpoint train.text train.audio train.vision",
 }
-CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB = 30, 45, 400, 10     # a class has no half: its cell may be longer
+CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB = 30, 45, 400, 15     # a class has no half: its cell may be longer
 EXPORTS = {"export", "exports", "exporti"}
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2705\u274c\u274e\u2728\u26a0\u2757\u2b50\ufe0f]")
 BAR = re.compile(r"\d+%\|[ \u2588-\u258f#]|\d(?:it/s|s/it)\]|\r(?!\n)")
@@ -67,7 +76,7 @@ def directives(text):
 
 def tree_of(text):
     "The syntax tree of a cell, without the lines that only IPython understands"
-    return ast.parse(re.sub(r"^[ \t]*[%!?].*$", "", text, flags=re.M))
+    return ast.parse(re.sub(r"^[ \t]*(%{1,2}[A-Za-z]|[!?]).*$", "", text, flags=re.M))
 
 
 def modules(root):
@@ -96,6 +105,8 @@ def export_drift(root):
         to = Path(t) / root.name
         to.mkdir()
         shutil.copy(root / "settings.ini", to)
+        (to / "muomni").mkdir(exist_ok=True)
+        shutil.copy(root / "muomni" / "__init__.py", to / "muomni")     # the one module written by hand
         shutil.copytree(root / "nbs", to / "nbs", ignore=shutil.ignore_patterns("_quarto.yml", ".ipynb_checkpoints"))
         env = {**os.environ, "PYTHONPATH": t}
         env.pop("IN_TEST", None)

@@ -186,9 +186,11 @@ def test_omni_minutes(monkeypatch):
     t = load_config("thinker_nano").training_params
     monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: t.batch_tokens / 0.1)
     minutes, step = cli.omni_minutes()
-    assert step == pytest.approx(0.1) and minutes == pytest.approx(t.steps * 0.1 / 60 + 2)
+    names = [name for stage, name in cli.ORDER.items() if stage != "text"]
+    rest = 6 + sum(load_config(f"{name}_nano").training_params.minutes for name in names)
+    assert step == pytest.approx(0.1) and minutes == pytest.approx(t.steps * 0.1 / 60 + rest)
     monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: t.batch_tokens / 600)
-    assert cli.omni_minutes()[0] == pytest.approx(t.minutes + 2)
+    assert cli.omni_minutes()[0] == pytest.approx(t.minutes + rest)
 
 
 # ---- errors

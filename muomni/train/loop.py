@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'REPLAN', 'Task', 'train_step', 'polite_interrupt', 'CsvLog', 'planned_steps', 'keep_random', 'Run',
-           'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log']
+           'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log', 'Ahead']
 
 # %% ../../nbs/26_loop.ipynb #243a12f6
 import contextlib
@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
@@ -358,3 +359,21 @@ def plot_log(
             ax.locator_params("x", nbins=4)
         fig.savefig(Path(path).parent / "training.png")
     return fig
+
+# %% ../../nbs/26_loop.ipynb #eec60173
+class Ahead:
+    "Makes the next batch while this one is learned from"
+    def __init__(self,
+        make: Callable[[int], object],   # number -> batch, a pure function
+    ):
+        self.make, self.thread, self.next = make, ThreadPoolExecutor(1), {}
+
+    def batch(self,
+        n: int,   # number of the micro-batch, from 0 on
+    ):
+        "The same as without help, only sooner"
+        ready = self.next.pop(n, None)
+        for stale in self.next.values(): stale.cancel()
+        now = (ready or self.thread.submit(self.make, n)).result()
+        self.next = {n + 1: self.thread.submit(self.make, n + 1)}
+        return now

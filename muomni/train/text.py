@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_tokenizer', 'EnglishRows', 'dialogue_rows', 'TextBatches', 'loss_figure', 'token_nats', 'english_bits',
-           'questions', 'answers', 'grade', 'exact_share', 'text_task', 'train_text']
+           'questions', 'answers', 'grade', 'exact_share', 'some_english', 'text_task', 'train_text']
 
 # %% ../../nbs/27_text.ipynb #93102fd2
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
-from .checkpoint import folder_lock, save_model
+from .checkpoint import digest, folder_lock, save_model
 from .loop import Task, fit
 
 # %% ../../nbs/27_text.ipynb #17d520b0
@@ -268,7 +268,9 @@ def _mixed_loss(model, batch, english_rows, weight):
     return thinker_loss(model, *whole, groups=groups)
 
 # %% ../../nbs/27_text.ipynb #f3c123fa
-def _some_english(characters):
+def some_english(
+    characters: int,              # at least so many, if there are
+) -> list[tuple[str, str]]:       # (name, text)
     "Held-out documents, as many as it takes"
     held, size = [], 0
     for name, text in documents("valid"):
@@ -286,7 +288,7 @@ def text_task(
     "Stage A in the loop's words"
     d, row = config.data_params, config.training_params.sequence
     batches = TextBatches(tokenizer, config)
-    held = _some_english(4 * d.valid_tokens)     # a token has about four characters
+    held = some_english(4 * d.valid_tokens)     # a token has about four characters
     asked = questions(tokenizer, "valid", d.valid_dialogues)
     def loss(m, b): return _mixed_loss(m, b, batches.english_rows, d.dialogue_weight)
     def weight(b): return int((b.labels != -100).sum())
@@ -314,5 +316,6 @@ def train_text(
         figures = run.figures[-1][1] if run.figures else {}
         save_model(out / "thinker", model.eval(), dict(
             stage="text", config=config.to_dict(), progress=run.progress,
-            precision=str(run.precision), figures=figures, data=fingerprint()))
+            precision=str(run.precision), figures=figures, data=fingerprint(),
+            tokenizer=digest(out / "tokenizer.json")))
     return model
