@@ -362,7 +362,7 @@ ANSWER = Sampling(max_tokens=64)   # greedy, at most so long
 @dataclass
 class Conversation:
     "Turns that remember what was said, shown and heard"
-    omni: "Omni"      # who answers
+    omni: object      # the `Omni` that answers
     messages: list[Message] = field(default_factory=list)   # so far
 
     @torch.inference_mode()
@@ -511,7 +511,7 @@ class Omni(OmniParts):
     ) -> str:
         "Write down what is said"
         _need(self, "transcribe")
-        read = letter_reader() if letters else None
+        read = letter_reader(bonus=0.0) if letters else None   # no language model
         return hear(self.hearer, self.tokenizer, [as_wave(audio)], read)[0]
 
     @torch.inference_mode()

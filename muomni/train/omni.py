@@ -35,8 +35,9 @@ from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
-from .checkpoint import (
-    CheckpointError, find_checkpoint, folder_lock, load_model, load_part, save_model)
+from muomni.train.checkpoint import (
+    CheckpointError, digest, find_checkpoint, folder_lock, load_model, load_part,
+    save_model)
 from .loop import Ahead, Task, fit
 from .text import EnglishRows, english_bits, grade, some_english
 from .vision import load_seer
@@ -163,8 +164,9 @@ def assemble(
     folder = Path(folder)
     _need_stages(folder)
     tokens = len(load_tokenizer(folder / "tokenizer.json"))
-    thinker, _ = load_part(folder / "thinker", ThinkerLM)
-    hearer, _ = load_part(folder / "audio", lambda c: Hearer(c, tokens), "audio_enc")
+    thinker, read = load_part(folder / "thinker", ThinkerLM)
+    hearer, heard = load_part(folder / "audio", lambda c: Hearer(c, tokens), "audio_enc")
+    _same_tokenizer(folder, thinker=read, audio=heard)
     seer = load_seer(folder)
     model = OmniModel(config, thinker, Eyes(seer.encoder), hearer).eval()
     model.picture_projector.load_state_dict(seer.to_words.state_dict())
@@ -178,6 +180,15 @@ def _need_stages(folder):
         if (folder / part / "model.safetensors").is_file(): continue
         raise CheckpointError(f"{folder}: has no trained {part}/, which stage E begins "
                               f"with; `muomni train {stage} --out {folder}` makes it")
+
+# %% ../../nbs/31_all_at_once.ipynb #65aefd43
+def _same_tokenizer(folder, **parts):
+    "Refuse parts that learned the tokens of another tokenizer"
+    own = digest(folder / "tokenizer.json")
+    for part, metadata in parts.items():
+        if metadata.get("tokenizer", own) == own: continue
+        raise CheckpointError(f"{folder / part}: learned with another tokenizer than the "
+                              "one in this folder; train it again")
 
 # %% ../../nbs/31_all_at_once.ipynb #590293c8
 def noise_talk(
