@@ -23,7 +23,7 @@ from .ngram import NGram, bits_per_byte
 from .scores import part_parameters, sense_lines, sense_scores
 from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, encode_chat
-from .train.checkpoint import find_checkpoint, write_whole
+from .train.checkpoint import find_checkpoint, is_trained, write_whole
 from .train.text import english_bits, exact_share, questions
 
 # %% ../nbs/40b_evaluate.ipynb #e2f73bfc
@@ -153,7 +153,7 @@ _STAGES = "thinker", "audio", "vision", "omni", "codec", "talker"
 
 def _trainings(folder):
     "{stage: metadata} of what lies in a checkpoint folder"
-    there = (n for n in _STAGES if (folder / n / "model.safetensors").is_file())
+    there = (n for n in _STAGES if is_trained(folder / n))
     return {name: find_checkpoint(folder / name)[1] for name in there}
 
 # %% ../nbs/40b_evaluate.ipynb #ca2a13c8

@@ -37,7 +37,7 @@ from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from .train.audio import Hearer, hear, letter_reader, stack_waves
 from .train.checkpoint import (
-    CheckpointError, find_checkpoint, load_part, save_model)
+    CheckpointError, find_checkpoint, is_trained, load_part, save_model)
 from .train.omni import DENSE, Eyes, load_omni, save_omni
 from .vision_encoder import ViTTiny
 from .vocoder import GriffinLimVocoder
@@ -280,7 +280,7 @@ def _need(omni, ability):
 # %% ../nbs/32c_inference.ipynb #1097c931
 def _part(folder, name, make, stage):
     "A part of a checkpoint folder; None where it is not there"
-    if not (folder / name / "model.safetensors").is_file(): return None
+    if not is_trained(folder / name): return None
     return load_part(folder / name, make, stage)[0]
 
 def _hearer(folder, tokenizer):
@@ -290,7 +290,7 @@ def _hearer(folder, tokenizer):
 # %% ../nbs/32c_inference.ipynb #76754ff4
 def _assembled(folder, tokenizer):
     "Thinker, eyes and ears: from omni/, or what thinker/ and audio/ hold"
-    if (folder / "omni" / "model.safetensors").is_file(): return load_omni(folder)[0]
+    if is_trained(folder / "omni"): return load_omni(folder)[0]
     thinker = _part(folder, "thinker", ThinkerLM, "thinker")
     if thinker is None: return None
     return OmniModel(OmniConfig(), thinker, None, _hearer(folder, tokenizer)).eval()
@@ -472,7 +472,7 @@ class OmniParts:
 def _found(folder):
     "Parts of a folder; at least one, and they belong together"
     names = "omni", "thinker", "audio", "codec", "talker"
-    if not any((folder / n / "model.safetensors").is_file() for n in names):
+    if not any(is_trained(folder / n) for n in names):
         find_checkpoint(folder)            # says that nothing is here, and what to do
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model, talker = _assembled(folder, tokenizer), None

@@ -7,13 +7,14 @@ __all__ = ['ABILITIES', 'heard', 'Places', 'encode_turns', 'Senses', 'OmniModel'
 
 # %% ../nbs/25_omni.ipynb #da6d644b
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .config import OmniConfig
 from .thinker import ThinkerLM
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, encode_chat
 from .vision_encoder import pool_grid
 
 # %% ../nbs/25_omni.ipynb #81d7c5b5
@@ -48,15 +49,7 @@ def encode_turns(
     answer: bool = False,      # end with the mark that asks for an answer
 ) -> tuple[list[int], list[bool]]:  # ids, and for each whether it is to be learned
     "A conversation as ids, with room for pictures and sounds in the user's messages"
-    ids, learn = [], []
-    marks = dict(user=tokenizer.user, assistant=tokenizer.assistant)
-    for role, content in messages:
-        if role not in marks:
-            raise ValueError(f"role is {role!r}, expected 'user' or 'assistant'")
-        body = _body(tokenizer, role, content) + [tokenizer.end]
-        ids += [marks[role], *body]
-        learn += [False] + [role == "assistant"] * len(body)
-    return (ids + [tokenizer.assistant], learn + [False]) if answer else (ids, learn)
+    return encode_chat(tokenizer, messages, answer, partial(_body, tokenizer))
 
 # %% ../nbs/25_omni.ipynb #0f25a993
 def _body(tokenizer, role, content):

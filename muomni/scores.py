@@ -32,7 +32,7 @@ from .data.world import Dialogue, make_dialogue
 from .inference import Omni
 from .train.audio import (
     hear, letter_language, letter_reader, plain, scored_sounds, silence, word_errors)
-from .train.checkpoint import CheckpointError, find_checkpoint
+from .train.checkpoint import CheckpointError, find_checkpoint, is_trained
 from .train.omni import Talk, dialogue_talk, heard_states, omni_answers
 from .train.talker import Speaker, speaking_scores
 from .train.text import grade
@@ -235,8 +235,7 @@ def retrieval_card(
 ) -> tuple[dict, dict]:    # figures and controls; empty without vision/ and thinker/
     "Sentences and names found for pictures, beside chance"
     folder = Path(folder)
-    needed = (folder / part / "model.safetensors" for part in ("vision", "thinker"))
-    if not all(path.is_file() for path in needed): return {}, {}
+    if not all(is_trained(folder / part) for part in ("vision", "thinker")): return {}, {}
     config = config_from_dict(find_checkpoint(folder / "vision")[1]["config"],
                               "model_metadata.json", stage="vision")
     return seeing_scores(load_seer(folder), text_reader(config, folder), split, count)

@@ -6,7 +6,7 @@
 __all__ = ['SPECIALS', 'Tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'encode_chat', 'TextStream']
 
 # %% ../nbs/09_tokenizer.ipynb #a0627dcc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -118,6 +118,7 @@ def encode_chat(
     tokenizer: Tokenizer,             # whose ids are wanted
     messages: list[tuple[str, str]],  # (role, text) with role "user" or "assistant"
     answer: bool = False,             # end with the mark that asks for an answer
+    body: Callable | None = None,     # (role, content) -> ids; None: content is a text
 ) -> tuple[list[int], list[bool]]:    # ids, and for each whether it is to be learned
     "A conversation as ids: mark of the role, text, mark of the end, for each message"
     ids, learn = [], []
@@ -125,9 +126,9 @@ def encode_chat(
     for role, text in messages:
         if role not in marks:
             raise ValueError(f"role is {role!r}, expected 'user' or 'assistant'")
-        body = tokenizer.encode(text) + [tokenizer.end]
-        ids += [marks[role], *body]
-        learn += [False] + [role == "assistant"] * len(body)
+        said = body(role, text) if body else tokenizer.encode(text)
+        ids += [marks[role], *said, tokenizer.end]
+        learn += [False] + [role == "assistant"] * (len(said) + 1)
     return (ids + [tokenizer.assistant], learn + [False]) if answer else (ids, learn)
 
 # %% ../nbs/09_tokenizer.ipynb #60ab52ed

@@ -33,7 +33,7 @@ from ..data.sounds import augment
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import digest, folder_lock, load_part, save_model
-from .loop import Ahead, Task, fit
+from .loop import Ahead, Task, fit, run_metadata
 from .text import stage_tokenizer
 
 # %% ../../nbs/28_hearing.ipynb #565830fb
@@ -383,9 +383,8 @@ def train_audio(
         task = hearing_task(config, tokenizer, hearer, corpora)
         run = fit(task, config.training_params, folder, bar, tensorboard)
         figures = run.figures[-1][1] if run.figures else task.validate(hearer.eval())
-        save_model(folder, hearer.eval(), dict(
-            stage="audio", config=config.to_dict(), tokens=len(tokenizer),
-            progress=run.progress, precision=str(run.precision), figures=figures,
+        save_model(folder, hearer.eval(), run_metadata(
+            "audio", config, run, tokens=len(tokenizer), figures=figures,
             tokenizer=digest(Path(out) / "tokenizer.json"),
             data={name: c.folder.name for name, c in corpora.items()}))
     return hearer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'CheckpointError', 'write_whole', 'folder_lock', 'save_model', 'find_checkpoint', 'load_model', 'load_part',
-           'digest', 'save_state', 'load_state', 'first_change']
+           'is_trained', 'digest', 'save_state', 'load_state', 'first_change']
 
 # %% ../../nbs/39_checkpoint.ipynb #bf2c3784
 import contextlib
@@ -165,6 +165,13 @@ def load_part(
     model = make(config.model_params)
     load_model(folder, model)
     return model.float().eval(), metadata
+
+# %% ../../nbs/39_checkpoint.ipynb #abed0b05
+def is_trained(
+    folder: str | Path,   # of one stage, such as checkpoints/nano/codec
+) -> bool:
+    "Has a stage left its weights here?"
+    return (Path(folder) / "model.safetensors").is_file()
 
 # %% ../../nbs/39_checkpoint.ipynb #5e3bc3ec
 def digest(

@@ -19,7 +19,7 @@ from ..data.corpus import SpeechCorpus, speech_corpus
 from ..data.sentences import sentence
 from ..data.speech import SPEAKING
 from .checkpoint import folder_lock, save_model
-from .loop import Ahead, Task, fit
+from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/30a_codec_training.ipynb #3128b66d
 def _kinds(d):
@@ -162,8 +162,5 @@ def train_codec(
         codec = Codec(config.model_params)
         task = codec_task(config, codec, train, valid)
         run = fit(task, config.training_params, folder, bar, tensorboard)
-        figures = run.figures[-1][1] if run.figures else {}
-        save_model(folder, codec.eval(), dict(
-            stage="codec", config=config.to_dict(), progress=run.progress,
-            precision=str(run.precision), figures=figures))
+        save_model(folder, codec.eval(), run_metadata("codec", config, run))
     return codec

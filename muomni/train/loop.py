@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'REPLAN', 'Task', 'train_step', 'polite_interrupt', 'CsvLog', 'planned_steps', 'keep_random', 'Run',
-           'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log', 'Ahead']
+           'run_metadata', 'start_run', 'compiled', 'one_step', 'fit', 'BoardLog', 'plot_log', 'Ahead']
 
 # %% ../../nbs/26_loop.ipynb #243a12f6
 import contextlib
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from ..config import TrainConfig
+from ..config import Config, TrainConfig
 from .checkpoint import (
     FREE, CheckpointError, first_change, load_state, save_state, write_whole)
 from .optim import choose_precision, make_optimizer, schedule, set_lr
@@ -144,6 +144,18 @@ class Run:
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
     start: int = 0                     # step at which this process took over
+
+# %% ../../nbs/26_loop.ipynb #6cb7d196
+def run_metadata(
+    stage: str,       # its name on the command line
+    config: Config,   # sizes, training, data
+    run: Run,         # the finished run
+    **more,           # what only this stage knows; wins over the rest
+) -> dict:            # plain values
+    "What is written beside the weights of a stage"
+    figures = run.figures[-1][1] if run.figures else {}
+    return dict(stage=stage, config=config.to_dict(), progress=run.progress,
+                precision=str(run.precision), figures=figures) | more
 
 # %% ../../nbs/26_loop.ipynb #d35da905
 def start_run(

@@ -35,10 +35,10 @@ from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
-from muomni.train.checkpoint import (
-    CheckpointError, digest, find_checkpoint, folder_lock, load_model, load_part,
-    save_model)
-from .loop import Ahead, Task, fit
+from .checkpoint import (
+    CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
+    load_model, load_part, save_model)
+from .loop import Ahead, Task, fit, run_metadata
 from .text import EnglishRows, english_bits, grade, some_english
 from .vision import load_seer
 from ..vision_encoder import ViTTiny
@@ -177,7 +177,7 @@ def assemble(
 def _need_stages(folder):
     "Refuse a folder in which an earlier stage is missing, and name its command"
     for part, stage in dict(thinker="text", audio="audio", vision="vision").items():
-        if (folder / part / "model.safetensors").is_file(): continue
+        if is_trained(folder / part): continue
         raise CheckpointError(f"{folder}: has no trained {part}/, which stage E begins "
                               f"with; `muomni train {stage} --out {folder}` makes it")
 
@@ -526,8 +526,5 @@ def train_omni(
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
         run = fit(task, t, out / "omni", bar, tensorboard)
-        figures = run.figures[-1][1] if run.figures else {}
-        save_omni(out, model.eval(), dict(
-            stage="omni", config=config.to_dict(), progress=run.progress,
-            precision=str(run.precision), figures=figures))
+        save_omni(out, model.eval(), run_metadata("omni", config, run))
     return model

@@ -34,9 +34,9 @@ from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import word_errors
 from .checkpoint import (
-    CheckpointError, find_checkpoint, folder_lock, load_part, save_model)
+    CheckpointError, find_checkpoint, folder_lock, is_trained, load_part, save_model)
 from .codec import stack_mels, voice_corpus
-from .loop import Ahead, Task, fit
+from .loop import Ahead, Task, fit, run_metadata
 from .omni import load_omni
 from .optim import choose_precision
 from ..vocoder import GriffinLimVocoder
@@ -49,7 +49,7 @@ def _trained(folder, stage, make):
 
 def _thinker(out):
     "The Thinker that answers: after stage E where there is one, else as stage A left it"
-    if not (out / "omni" / "model.safetensors").is_file():
+    if not is_trained(out / "omni"):
         return _trained(out / "thinker", "thinker", ThinkerLM)[0]
     return load_omni(out)[0].thinker.requires_grad_(False)
 
@@ -308,11 +308,8 @@ def train_talker(
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
         run = fit(task, config.training_params, out / "talker", bar, tensorboard)
-        figures = run.figures[-1][1] if run.figures else {}
-        save_model(out / "talker", talker.eval(), dict(
-            stage="talker", config=config.to_dict(), progress=run.progress,
-            codec=find_checkpoint(out / "codec")[1]["sha256"],
-            precision=str(run.precision), figures=figures))
+        save_model(out / "talker", talker.eval(), run_metadata(
+            "talker", config, run, codec=find_checkpoint(out / "codec")[1]["sha256"]))
     return talker
 
 # %% ../../nbs/30_speaking.ipynb #260d58c9

@@ -20,7 +20,7 @@ from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
 from .checkpoint import digest, folder_lock, save_model
-from .loop import Task, fit
+from .loop import Task, fit, run_metadata
 
 # %% ../../nbs/27_text.ipynb #17d520b0
 def stage_tokenizer(
@@ -313,9 +313,7 @@ def train_text(
         model = ThinkerLM(config.model_params)
         task = text_task(config, tokenizer, model)
         run = fit(task, config.training_params, out / "thinker", bar, tensorboard)
-        figures = run.figures[-1][1] if run.figures else {}
-        save_model(out / "thinker", model.eval(), dict(
-            stage="text", config=config.to_dict(), progress=run.progress,
-            precision=str(run.precision), figures=figures, data=fingerprint(),
+        save_model(out / "thinker", model.eval(), run_metadata(
+            "text", config, run, data=fingerprint(),
             tokenizer=digest(out / "tokenizer.json")))
     return model

@@ -33,7 +33,7 @@ from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import (
     find_checkpoint, folder_lock, load_part, save_model)
-from .loop import Ahead, Task, fit
+from .loop import Ahead, Task, fit, run_metadata
 from .optim import choose_precision
 from ..vision_encoder import ViTTiny, pool_grid
 
@@ -488,11 +488,9 @@ def train_vision(
         run = fit(task, config.training_params, folder, bar, tensorboard)
         seer, head = parts.eval()["seer"], parts["words"]
         as_loud_as_words(seer, head, reader.words[head.ids])
-        figures = run.figures[-1][1] if run.figures else {}
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
-        save_model(folder, seer, dict(
-            stage="vision", config=config.to_dict(), progress=run.progress,
-            precision=str(run.precision), figures=figures, tokens=tokens,
+        save_model(folder, seer, run_metadata(
+            "vision", config, run, tokens=tokens,
             text_width=seer.to_words.out_features))
     return seer
 
