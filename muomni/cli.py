@@ -88,7 +88,7 @@ def _shared_minutes(configs, minutes):
 
 # %% ../nbs/38_cli.ipynb #f2f05ac5
 def _finished(part, config):
-    "Is there a finished model of this very config? Refuses folders of other models"
+    "Was a model of this very config trained here? Refuses folders of other models"
     from muomni.train.checkpoint import CheckpointError, find_checkpoint
     if not any((part / n).exists() for n in ("model.safetensors", "model_metadata.json")):
         return False
@@ -98,7 +98,7 @@ def _finished(part, config):
         raise Trouble(f"{part}: holds a model that muomni did not make; "
                       "choose another folder with --out") from None
     _same_config(part, metadata.get("config"), config, free=())
-    return True
+    return (part / "training.json").exists()             # else it came with the course
 
 # %% ../nbs/38_cli.ipynb #7bbbd4a8
 def _same_config(part, known, config, free):
@@ -162,6 +162,23 @@ def _train_stage(stage, config, out, more):
     train(config, out, bar=sys.stderr.isatty(), **more)
     _note(f"{stage}: done, in {out}")
 
+# %% ../nbs/38_cli.ipynb #32f55ca3
+def _train_apart(stage, config, out, more):
+    "The same in a process of its own: its memory is free when it ends"
+    import signal
+    import subprocess
+    words = [sys.executable, "-c", "from muomni.cli import main; raise SystemExit(main())",
+             "train", stage, "--out", str(out),
+             "--config", config.name,
+             "--minutes", str(config.training_params.minutes)]
+    words += ["--tensorboard"] * bool(more)
+    before = signal.signal(signal.SIGINT, lambda *_: None)      # the stage's to answer
+    try: status = subprocess.run(words).returncode
+    finally: signal.signal(signal.SIGINT, before)
+    if status == 130: raise KeyboardInterrupt
+    if status: raise Trouble(f"{stage}: ended with status {status}; what it said stands "
+                             "above, and the stages before it are kept")
+
 # %% ../nbs/38_cli.ipynb #c3165443
 def run_train(
     args: argparse.Namespace,   # stage, preset, config, set, minutes, out, tensorboard
@@ -170,7 +187,11 @@ def run_train(
     configs, more = _train_configs(args), _board(args)
     name = next(iter(configs.values())).name.split("_")[-1]
     out = Path(args.out or f"checkpoints/{name}")
-    for stage, config in configs.items(): _train_stage(stage, config, out, more)
+    if len(configs) == 1: return _train_stage(*configs.popitem(), out, more)
+    for stage, config in configs.items():
+        part = out / ("thinker" if stage == "text" else stage)
+        if _finished(part, config): _train_stage(stage, config, out, more)
+        else: _train_apart(stage, config, out, more)
 
 # %% ../nbs/38_cli.ipynb #a4a66fdc
 def _question(args):

@@ -80,7 +80,6 @@ class SpeechCorpus:
         self.items = [(text, Voice(**voice)) for text, voice in index["items"]]
         self.lengths = np.array(index["lengths"])        # (N,) samples
         self.ends = self.lengths.cumsum()
-        self.samples = np.memmap(self.folder / "samples.i16", "<i2", "r")
 
     def __len__(self): return len(self.items)
 
@@ -88,7 +87,8 @@ class SpeechCorpus:
         if not -len(self) <= i < len(self):
             raise IndexError(f"sound {i}: there are {len(self)}")
         i %= len(self)
-        piece = self.samples[self.ends[i] - self.lengths[i]:self.ends[i]]
+        piece = np.fromfile(self.folder / "samples.i16", "<i2", self.lengths[i],
+                            offset=2 * (self.ends[i] - self.lengths[i]))
         return torch.from_numpy(piece.astype(np.float32) / 32767), self.items[i][0]
 
     @property

@@ -18,7 +18,7 @@ from ..config import Config, SpeechConfig
 from ..data.corpus import SpeechCorpus, speech_corpus
 from ..data.sentences import sentence
 from ..data.speech import SPEAKING
-from .checkpoint import folder_lock, save_model
+from .checkpoint import SHIPPED, folder_lock, save_model
 from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/30a_codec_training.ipynb #3128b66d
@@ -65,10 +65,12 @@ class MelBatch:
 # %% ../../nbs/30a_codec_training.ipynb #c2e76bd5
 def stack_mels(
     mels: list[Tensor],   # (T, M) log-mel each, of any length
+    step: int = 1,        # T becomes a multiple of it: few shapes, so few kernels
 ) -> MelBatch:            # float32
     "Pad with silence to the longest"
     lengths = torch.tensor([len(m) for m in mels])
-    mel = torch.full((len(mels), int(lengths.max()), mels[0].shape[1]), SILENCE)
+    longest = -(-int(lengths.max()) // step) * step
+    mel = torch.full((len(mels), longest, mels[0].shape[1]), SILENCE)
     for row, m in zip(mel, mels): row[:len(m)] = m
     return MelBatch(mel, lengths)
 
@@ -162,5 +164,5 @@ def train_codec(
         codec = Codec(config.model_params)
         task = codec_task(config, codec, train, valid)
         run = fit(task, config.training_params, folder, bar, tensorboard)
-        save_model(folder, codec.eval(), run_metadata("codec", config, run))
+        save_model(folder, codec.eval(), run_metadata("codec", config, run), SHIPPED)
     return codec

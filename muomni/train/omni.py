@@ -36,7 +36,7 @@ from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
 from .checkpoint import (
-    CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
+    SHIPPED, CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
     load_model, load_part, save_model)
 from .loop import Ahead, Task, fit, run_metadata
 from .text import EnglishRows, english_bits, grade, some_english
@@ -526,5 +526,5 @@ def train_omni(
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
         run = fit(task, t, out / "omni", bar, tensorboard)
-        save_omni(out, model.eval(), run_metadata("omni", config, run))
+        save_omni(out, model.eval(), run_metadata("omni", config, run), SHIPPED)
     return model

@@ -33,8 +33,8 @@ from ..talker import (
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import word_errors
-from .checkpoint import (
-    CheckpointError, find_checkpoint, folder_lock, is_trained, load_part, save_model)
+from .checkpoint import SHIPPED, CheckpointError, find_checkpoint
+from .checkpoint import folder_lock, is_trained, load_part, save_model
 from .codec import stack_mels, voice_corpus
 from .loop import Ahead, Task, fit, run_metadata
 from .omni import load_omni
@@ -99,7 +99,7 @@ def corpus_codes(
     precision = choose_precision("auto")
     for at in tqdm(range(0, len(corpus), rows), "to codes", disable=not bar):
         group = order[at:at + rows].tolist()
-        b = stack_mels([log_mel(corpus[i][0]) for i in group])
+        b = stack_mels([log_mel(corpus[i][0]) for i in group], 64)
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             codes, valid = codec.encode(b.mel, b.lengths)
         for i, c, v in zip(group, codes, valid): out[i] = c[v].to(torch.int16)
@@ -309,7 +309,7 @@ def train_talker(
         task = talker_task(config, speaker, talker, train, valid)
         run = fit(task, config.training_params, out / "talker", bar, tensorboard)
         save_model(out / "talker", talker.eval(), run_metadata(
-            "talker", config, run, codec=find_checkpoint(out / "codec")[1]["sha256"]))
+            "talker", config, run, codec=find_checkpoint(out / "codec")[1]["sha256"]), SHIPPED)
     return talker
 
 # %% ../../nbs/30_speaking.ipynb #260d58c9
