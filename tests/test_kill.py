@@ -8,7 +8,7 @@ from conftest import SOAK
 from small import content
 from muomni.train import checkpoint
 from muomni.train.checkpoint import CheckpointError, load_state, save_state, saved_states
-from muomni.train.loop import fit
+from muomni.train.loop import CsvLog, fit
 from muomni.train.optim import make_optimizer
 from trainings import SAVE_EVERY, STEPS, rows_of, task, train, train_on
 
@@ -34,7 +34,7 @@ def server():
 
 
 def same(straight, folder, case="plain"):
-    assert torch.equal(straight[case][0], trainings.weights(folder))
+    assert torch.equal(straight[case][0], trainings.weights(folder)), "other weights than those of the training that nobody disturbed"
     assert straight[case][1] == rows_of(folder)
 
 
@@ -119,7 +119,9 @@ def test_newest_state_is_damaged(straight, tmp_path, capsys):
     "Cut, flipped, empty, gone: one line, and on from the state before"
     folder = tmp_path / "stopped"
     with pytest.raises(Stop): train(folder, batch=stop_at(20))
-    newest, before = (p.read_bytes() for p in saved_states(folder / "state.pt"))
+    states = saved_states(folder / "state.pt")
+    assert len(states) == 2, "the state before the newest is not there"
+    newest, before = (p.read_bytes() for p in states)
     for i, bad in enumerate((newest[:-1], newest[:4000], b"", newest[:900] + bytes([newest[900] ^ 1]) + newest[901:], None)):
         other = tmp_path / f"{i}"
         shutil.copytree(folder, other)
@@ -207,9 +209,12 @@ def test_file_too_large(tmp_path):
     "Where nobody can mount: a limit on the size of files does the same"
     t = task(); o = optimizer_of(t)
     save_state(tmp_path / "state.pt", t.model, o, dict(step=1))
+    log = CsvLog(tmp_path / "log.csv", 0)
     before, limits = content(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["log.csv"]), limits[1]))
     try:
+        with pytest.raises(CheckpointError, match="log.csv: cannot be written.*too large"): log.add(step=0)
+        log.close()
         with pytest.raises(CheckpointError, match="cannot be written.*too large"): save_state(tmp_path / "state.pt", t.model, o, dict(step=2))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert content(tmp_path) == before and whole_state(tmp_path) == 1
