@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help omni test docs sidebar lab clean
+.PHONY: help omni test soak docs sidebar lab clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,6 +42,9 @@ omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35
 
 test: $(VENV)/.muomni-dev  ## all checks: structure, notebooks, pytest, site; ends on "N passed, N failed"
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/run_tests.py
+
+soak: $(VENV)/.muomni-dev  ## 100 kills, 10 000 damaged files for each reader, full disks (about 20 minutes); writes tests/soak-report.txt
+	@MUOMNI_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_hostile.py
 
 docs: $(VENV)/.muomni-dev  ## build the site into _docs/ and README.md from nbs/index.ipynb
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/build_docs.py --readme

@@ -115,16 +115,18 @@ def _same_config(part, known, config, free):
 # %% ../nbs/38_cli.ipynb #b9ac19ee
 def _claim(part, config):
     "Note what is trained here; refuse a folder where something else is under way"
-    from muomni.train.checkpoint import FREE, folder_lock, write_whole
+    from muomni.train.checkpoint import (
+        FREE, folder_lock, saved_states, write_whole)
     note = part / "training.json"
     with folder_lock(part):
-        if (part / "state.pt").exists() and note.exists():
+        begun = saved_states(part / "state.pt")
+        if begun and note.exists():
             try: known = json.loads(note.read_text(encoding="utf-8"))
             except ValueError:
                 raise Trouble(f"{note}: damaged; choose another folder with --out, "
                               "or delete it") from None
             return _same_config(part, known, config, FREE)
-        if not (part / "state.pt").exists():
+        if not begun:
             write_whole(note, (json.dumps(config.to_dict(), indent=1) + "\n").encode())
 
 # %% ../nbs/38_cli.ipynb #9364e26b

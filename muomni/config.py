@@ -133,7 +133,8 @@ class TrainConfig:
     weight_decay: float = 0.05  # decoupled; matrices only
     warmup: float = 0.03       # share of the schedule spent rising
     final_lr: float = 0.02     # last learning rate, as a share of the peak
-    clip: float = 1.0          # largest gradient norm
+    clip: float = 1.0          # largest gradient norm; a longer one is shortened
+    max_norm: float = 10_000.0  # norm before clipping at which a step is left out
     precision: str = "auto"    # "auto" (probed), "float32", "bfloat16"
     compile: bool = False      # torch.compile the model
     seed: int = 0              # of weights and of the data's order
@@ -164,6 +165,8 @@ def _check_training(
     _check_types(c, section)
     _need_positive(c, section, "steps batch_tokens sequence accumulate lr adam_lr "
                    "clip save_every validate_every")
+    _need(c.max_norm > c.clip, section, "max_norm", c.max_norm,
+          f"more than clip ({c.clip:g})")
     for key in ("minutes", "weight_decay", "seed"):
         value = getattr(c, key)
         _need(value >= 0, section, key, value, "0 or more")

@@ -112,3 +112,32 @@ def test_same_plan_after_a_stop(tmp_path):
     assert p["step"] == p["plan"] < 500 and 0.97 < p["seconds"] / 15 <= 1.01
     assert again["progress"]["plan"] == p["plan"] and again["progress"]["seconds"] == pytest.approx(p["seconds"])
     assert all(torch.equal(straight["model"][k], again["model"][k]) for k in straight["model"])
+
+
+def seeing(folder, stop=None):
+    "Stage C on tiny pictures, whose captions are read by the simple reader; batch `stop` is asked for and never made"
+    import muomni.train.vision as vision
+    from muomni.config import apply_overrides, load_config
+    sizes = dict(side=48, patch=16, width=16, layers=1, heads=1, kv_heads=1, head_width=16, mlp_width=16)
+    quick = dict(minutes=0, steps=6, batch_tokens=8, accumulate=2, precision="float32", save_every=2, validate_every=4)
+    held = dict(nouns=0, captions="simple", valid_pictures=4)
+    config = apply_overrides(load_config("vision_nano"), [f"{s}.{k}={v}" for s, kv in
+        dict(model_params=sizes, training_params=quick, data_params=held).items() for k, v in kv.items()])
+    real = vision.PictureBatches.batch
+    def batch(self, n):
+        if n == stop: raise KeyboardInterrupt
+        return real(self, n)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(vision.PictureBatches, "batch", batch)
+        if stop is None: return vision.train_vision(config, folder, bar=False).state_dict()
+        with pytest.raises(KeyboardInterrupt): vision.train_vision(config, folder, bar=False)
+
+
+def test_pictures(tmp_path):
+    "Stage C, whose batches are made ahead in a thread: stopped in the second half of step 3, of which the state on disk knows nothing"
+    whole, twice = (with_tokenizer(tmp_path / name) for name in ("whole", "twice"))
+    weights = seeing(whole)
+    seeing(twice, stop=7)
+    assert torch.load(twice / "vision" / "state.pt", weights_only=True)["progress"]["step"] == 2
+    again = seeing(twice)
+    assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)

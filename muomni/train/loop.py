@@ -46,6 +46,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,  # takes the step
     precision: torch.dtype,            # what autocast computes in
     clip: float,                       # largest gradient norm
+    max_norm: float = math.inf,        # norm before clipping that is beyond belief
 ) -> tuple[float, float]:              # loss, gradient norm before clipping
     "Forward and backward over the micro-batches, clip, look, step"
     weights = [task.weight(b) for b in batches]
@@ -57,7 +58,7 @@ def train_step(
         (loss * share).backward()
         total += loss.item() * share
     norm = nn.utils.clip_grad_norm_(task.model.parameters(), clip).item()
-    if math.isfinite(norm): optimizer.step()    # a step that is no number is left out
+    if norm < max_norm: optimizer.step()    # not so where it is inf or no number
     optimizer.zero_grad(set_to_none=True)
     return total, norm
 
@@ -89,24 +90,28 @@ class CsvLog:
     def __init__(self,
         path: str | Path,   # file to write
         step: int,          # rows from this step on are dropped: they will come again
+        columns: tuple[str, ...] = columns,   # names; the first is "step"
     ):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(r for r in _read_csv(path) if int(r["step"]) < step)
         write_whole(path, text.getvalue().encode())
         self.file = open(path, "a", newline="", encoding="utf-8")
-        self.writer = csv.DictWriter(self.file, self.columns)
+        self.writer = csv.DictWriter(self.file, columns)
 
     def add(self,
         **row,   # values of the columns
     ):
         "One more row, on disk at once"
-        self.writer.writerow(row); self.file.flush()
+        try: self.writer.writerow(row); self.file.flush()
+        except OSError as e:
+            raise CheckpointError(f"{self.file.name}: cannot be written ({e.strerror}); "
+                                  "the last saved state is untouched") from None
 
     def close(self):
         "No more rows"
-        self.file.close()
+        with contextlib.suppress(OSError): self.file.close()   # `add` has said it
 
 # %% ../../nbs/26_loop.ipynb #f0682d3a
 def planned_steps(
@@ -188,7 +193,7 @@ def _same_settings(folder, progress, config):
     if change := first_change(began, now):
         key, old, new = change
         raise CheckpointError(f"{folder}: began with training_params.{key}={old}, now "
-            f"it is {new}; set it back, or delete state.pt to start anew")
+            f"it is {new}; set it back, or delete state*.pt to start anew")
 
 # %% ../../nbs/26_loop.ipynb #d5bf0039
 def compiled(
@@ -213,28 +218,35 @@ def one_step(
     "Take the batches of this step, whatever happened before, and learn from them"
     p, c = run.progress, run.config
     first = p["step"] * c.accumulate
-    batches = [run.task.batch(first + i) for i in range(c.accumulate)]
+    numbers = range(first, first + c.accumulate)
+    batches = [run.task.batch(n) for n in numbers]
     share = schedule(p["step"], p["plan"], c.warmup, c.final_lr)
     set_lr(run.optimizer, share)
-    loss, norm = train_step(run.task, batches, run.optimizer, run.precision, c.clip)
-    _count_skipped(p, loss, norm)
+    loss, norm = train_step(run.task, batches, run.optimizer, run.precision, c.clip,
+                            c.max_norm)
+    if norm < c.max_norm: p["in_a_row"] = 0
+    else: _skipped(run, loss, norm, numbers)
     row = dict(step=p["step"], loss=round(loss, 5), norm=round(norm, 4),
                lr=round(share, 5))
     p["step"] += 1; p["tokens"] += c.batch_tokens
     return row
 
 # %% ../../nbs/26_loop.ipynb #35452b46
-PATIENCE = 20    # steps without a finite gradient after which a run is given up
+PATIENCE = 20    # steps left out in a row after which a run is given up
 
-def _count_skipped(p, loss, norm):
-    "Count the steps that were left out; give up when nothing but such steps come"
-    if math.isfinite(norm): p["in_a_row"] = 0; return
+def _skipped(run, loss, norm, numbers):
+    "Count and list a step that was left out; give up when nothing but such steps come"
+    p, columns = run.progress, ("step", "batches", "loss", "norm")
     p["skipped"] += 1
     p["in_a_row"] = p.get("in_a_row", 0) + 1
+    log = CsvLog(run.folder / "skipped.csv", p["step"], columns)
+    log.add(step=p["step"], batches=" ".join(map(str, numbers)), loss=loss, norm=norm)
+    log.close()
     if p["in_a_row"] >= PATIENCE:
-        raise RuntimeError(f"step {p['step']}: {PATIENCE} steps in a row had no finite "
-            f"gradient (loss {loss:.4g}); halve training_params.lr and adam_lr, or set "
-            "training_params.precision=float32, and delete state.pt to start anew")
+        raise RuntimeError(f"step {p['step']}: {PATIENCE} steps in a row had a gradient "
+            f"that is not finite or not below max_norm (loss {loss:.4g}, norm {norm:.4g}; "
+            "their batches: skipped.csv); halve training_params.lr and adam_lr, or set "
+            "training_params.precision=float32, and delete state*.pt to start anew")
 
 # %% ../../nbs/26_loop.ipynb #3f92a014
 REPLAN = 20    # steps after which the pace of this machine can be guessed
@@ -254,20 +266,21 @@ def _plan(p, config):
 def fit(
     task: Task,            # what the stage brings
     config: TrainConfig,   # how to train; minutes and steps are its budget
-    folder: str | Path,    # gets log.csv, state.pt and training.png
+    folder: str | Path,    # gets log.csv, state*.pt and training.png
     bar: bool = True,      # show a progress bar with the time left
     tensorboard: bool = False,  # also write a TensorBoard log (pip install tensorboard)
 ) -> Run:                  # the finished run
     "Train the planned steps, or until somebody asks to stop"
     run = start_run(task, config, folder)
     p = run.progress
+    if not p["step"]: (run.folder / "skipped.csv").unlink(missing_ok=True)
     logs = [CsvLog(run.folder / "log.csv", p["step"])]
     if tensorboard: logs.append(BoardLog(run.folder / "tensorboard", p["step"]))
     show = tqdm(total=p["plan"], initial=p["step"], unit="step", disable=not bar)
     task.model.train()
     with polite_interrupt() as asked, show, _closing(logs):
         while p["step"] < p["plan"] and not asked: _whole_step(run, show, logs)
-        save_state(run.folder / "state.pt", task.model, run.optimizer, p)
+        if p["step"] % config.save_every: _save(run)     # else it was saved just now
     plot_log(run.folder / "log.csv")
     if asked: raise KeyboardInterrupt
     return run
@@ -295,10 +308,14 @@ def _whole_step(run, show, logs):
     due = p["step"] == p["plan"] or p["step"] % c.validate_every == 0
     if run.task.validate and due: row["figures"] = _validate(run)
     for log in logs: log.add(**row)
-    if p["step"] % c.save_every == 0:
-        save_state(run.folder / "state.pt", run.task.model, run.optimizer, p)
+    if p["step"] % c.save_every == 0: _save(run)
     show.update(1)
     show.set_postfix_str(f"loss {row['loss']:.3f} {row['figures']}", refresh=False)
+
+# %% ../../nbs/26_loop.ipynb #78e0eb8e
+def _save(run):
+    "All that a resume needs"
+    save_state(run.folder / "state.pt", run.task.model, run.optimizer, run.progress)
 
 # %% ../../nbs/26_loop.ipynb #98d44a01
 def _validate(run):

@@ -1,0 +1,23 @@
+"""`make soak`: long forms of the tests that have one, and a report of what they counted."""
+import os, platform, time
+from pathlib import Path
+import torch
+
+SOAK = bool(os.environ.get("MUOMNI_SOAK"))
+REPORT = Path(__file__).with_name("soak-report.txt")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "One line a test: how it ended, how long it took, what it recorded"
+    if not SOAK: return
+    r = terminalreporter
+    done = [x for kind in ("passed", "failed", "error", "skipped") for x in r.stats.get(kind, []) if x.when == "call" or not x.passed]
+    lines = [f"date      {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC",
+             f"command   MUOMNI_SOAK=1 python -m pytest {' '.join(config.invocation_params.args)}",
+             f"versions  python {platform.python_version()}, torch {torch.__version__}, {platform.system()} {platform.machine()}",
+             f"result    {len(r.stats.get('passed', []))} passed, {len(r.stats.get('failed', []) + r.stats.get('error', []))} failed, {len(r.stats.get('skipped', []))} skipped", ""]
+    for x in done:
+        lines.append(f"{x.outcome:8}{x.duration:7.1f} s  {x.nodeid.split('/')[-1]}")
+        if x.skipped: lines.append(f"{'':18}{x.longrepr[2]}")
+        lines += [f"{'':18}{k}: {v}" for k, v in x.user_properties]
+    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
