@@ -15,7 +15,7 @@ from ..audio import HOP
 from ..codec import SILENCE
 from .rows import DataError
 
-# %% ../../nbs/35o_collate.ipynb #c0018
+# %% ../../nbs/35o_collate.ipynb #c0019
 @dataclass(frozen=True)
 class PaddedBatch:
     "Sounds of unequal length side by side"
@@ -35,7 +35,7 @@ class PaddedBatch:
 
     def __len__(self): return len(self.mel)
 
-# %% ../../nbs/35o_collate.ipynb #c0019
+# %% ../../nbs/35o_collate.ipynb #c0020
 def _fill(
     rows: list[Tensor],   # (length, ...) each
     most: int | None,     # exact length; None: the longest, rounded up
@@ -52,7 +52,7 @@ def _fill(
     lengths = full.clamp(max=T)
     return out, lengths, torch.arange(T) < lengths[:, None], full > T
 
-# %% ../../nbs/35o_collate.ipynb #c0021
+# %% ../../nbs/35o_collate.ipynb #c0022
 def _check(samples, parts):
     "Refuse what is no batch of mels, alone or with one more thing each"
     if not samples: raise DataError("an empty batch came, at least one sample is expected")
@@ -68,7 +68,7 @@ def _check(samples, parts):
             raise DataError(f"sample {i}: got {came}, a log-mel (T, M) is expected, with one M in a batch")
     return list(zip(*rows))
 
-# %% ../../nbs/35o_collate.ipynb #c0022
+# %% ../../nbs/35o_collate.ipynb #c0023
 def collate_mel_fn(
     batch: list[Tensor],                # (T, M) log-mel each
     max_mel_length: int | None = None,  # frames of every batch; None: as long as needed
@@ -78,7 +78,7 @@ def collate_mel_fn(
     (mels,) = _check(batch, 1)
     return PaddedBatch(*_fill(list(mels), max_mel_length, bucket, SILENCE))
 
-# %% ../../nbs/35o_collate.ipynb #c0024
+# %% ../../nbs/35o_collate.ipynb #c0025
 def collate_mel_text_fn(
     batch: list[tuple[Tensor, str]],    # (T, M) log-mel and transcript each
     max_mel_length: int | None = None,  # frames of every batch; None: as long as needed
@@ -88,7 +88,7 @@ def collate_mel_text_fn(
     mels, texts = _check(batch, 2)
     return PaddedBatch(*_fill(list(mels), max_mel_length, bucket, SILENCE), texts=list(texts))
 
-# %% ../../nbs/35o_collate.ipynb #c0027
+# %% ../../nbs/35o_collate.ipynb #c0028
 def collate_mel_audio_fn(
     batch: list[tuple[Tensor, Tensor]],   # (T, M) log-mel and (samples,) wave each
     max_mel_length: int | None = None,    # frames of every batch; None: as long as needed

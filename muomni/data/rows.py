@@ -289,7 +289,7 @@ def bad_summary(
         words.append(f"{len(some)} x {kind} ({where}{', ...' * (len(some) > places)})")
     return "; ".join(words) or "no bad rows"
 
-# %% ../../nbs/35r_rows.ipynb #c0062
+# %% ../../nbs/35r_rows.ipynb #c0065
 class Tally:
     "Counts one walk through the data, and stops it when too much is bad"
     def __init__(self,
@@ -305,7 +305,7 @@ class Tally:
         "Count a row that was read"
         self.rows += 1
         self.bad_rows += not good
-        if not good: self._check()
+        if not good: self._check(self.rows, self.samples)
 
     def sample(self,
         good: bool,   # could it be loaded?
@@ -313,20 +313,28 @@ class Tally:
         "Count a sample that was loaded"
         self.samples += 1
         self.bad_samples += not good
-        if not good: self._check()
+        if not good: self._check(self.rows, self.samples)
 
-    def _check(self):
-        part = lambda bad, all: bad / all if all >= self.bad.after else 0.0
-        share = part(self.bad_rows, self.rows) + part(self.bad_samples, self.samples)
-        if share > self.bad.share: self._stop(f"{share:.0%} bad, more than {self.bad.share:.0%}")
-
-    def end(self):
+    def end(self,
+        whole: bool = True,   # were all samples loaded here, and not a share of them?
+    ):
         "The walk is over: refuse one that found nothing, or too much that is bad"
-        self._check()
+        self._check(*(() if whole else (self.samples,)))
         if self.rows == self.bad_rows: self._stop("not one good row")
         if self.samples and self.samples == self.bad_samples: self._stop("not one good sample")
 
-    def _stop(self, why):
-        raise DataError(f"{self.what}: {why} ({self.rows} rows read, {self.samples} samples "
-                        f"loaded): {bad_summary(self.bad.rows())}; mend the rows, or allow "
-                        f"more with BadRows(share=...)")
+    def _check(self, *guesses):       # counts that are only a part of what there is
+        p, after = self.bad.share, self.bad.after
+        counts = ((self.bad_rows, self.rows), (self.bad_samples, self.samples))
+        share = sum(bad / n for bad, n in counts if n >= after)
+        doubt = 3 * (p * (1 - p) * sum(1 / n for n in guesses if n >= after)) ** 0.5
+        if share > p + doubt: self._stop(f"{share:.0%} bad, more than {p:.0%}")
+
+    def _stop(self, why): raise DataError(_stopped(self, why))
+
+# %% ../../nbs/35r_rows.ipynb #c0066
+def _stopped(tally, why):
+    "The summary with which a walk stops"
+    return (f"{tally.what}: {why} ({tally.rows} rows read, {tally.samples} samples loaded): "
+            f"{bad_summary(tally.bad.rows())}; mend the rows, or allow more with "
+            "BadRows(share=...)")

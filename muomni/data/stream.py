@@ -145,7 +145,7 @@ def _walk(s, epoch, skip, worker, workers):
         if sample is None and not s.holes: continue
         if skip: skip -= 1
         else: yield sample
-    tally.end()
+    tally.end(whole=workers * s.world == 1)
 
 # %% ../../nbs/35n_stream.ipynb #c0037
 class _Walker(IterableDataset):
@@ -251,7 +251,8 @@ def text_of(
     if not isinstance(value, str): raise DataError(f"no text: {name} is a {type(value).__name__}")
     if len(value) > most: raise DataError(f"too long: {name} has over {most:,} letters")
     if "\0" in value: raise DataError(f"holds a NUL byte: {name}")
-    if any("\ud800" <= c <= "\udfff" for c in value): raise DataError(f"half a sign: {name}")
+    try: value.encode()
+    except UnicodeEncodeError: raise DataError(f"half a sign: {name}") from None
     if not value.strip(): raise DataError(f"empty {columns[0]}")
     return value.strip()
 
