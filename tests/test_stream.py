@@ -163,6 +163,7 @@ def test_order_is_the_same_on_every_machine():
 PINNED = [3, 1, 4, 2, 5, 8, 7, 0, 11, 6, 9, 10]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (2, True), (3, False)])
 def test_true_loaders(folder, workers, persistent):
     s = LineStream(texts(folder, 53), buffer=16, seed=3, batch_size=4)

@@ -55,18 +55,21 @@ def _fill(
 # %% ../../nbs/35o_collate.ipynb #c0022
 def _check(samples, parts):
     "Refuse what is no batch of mels, alone or with one more thing each"
-    if not samples: raise DataError("an empty batch came, at least one sample is expected")
+    if not samples:
+        raise DataError("an empty batch came, at least one sample is expected")
     rows = [(s,) if parts == 1 else s for s in samples]
     for i, row in enumerate(rows):
         if not isinstance(row, (tuple, list)) or len(row) != parts:
-            raise DataError(f"sample {i} is a {type(row).__name__}, {parts} things are expected: "
-                            "see `give` of SoundStream")
+            raise DataError(f"sample {i} is a {type(row).__name__}, {parts} things are "
+                            "expected: see `give` of SoundStream")
         mel, first = row[0], rows[0][0]
-        ok = isinstance(mel, Tensor) and mel.dim() == 2 and len(mel) and mel.shape[1] == first.shape[-1]
-        if not ok:
-            came = tuple(mel.shape) if isinstance(mel, Tensor) else type(mel).__name__
-            raise DataError(f"sample {i}: got {came}, a log-mel (T, M) is expected, with one M in a batch")
+        ok = isinstance(mel, Tensor) and mel.dim() == 2 and len(mel)
+        if not ok or mel.shape[1] != first.shape[1]:
+            raise DataError(f"sample {i}: got {_came(mel)}, a log-mel (T, M) is expected, "
+                            "with one M in a batch")
     return list(zip(*rows))
+
+def _came(x): return tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
 
 # %% ../../nbs/35o_collate.ipynb #c0023
 def collate_mel_fn(
@@ -86,7 +89,8 @@ def collate_mel_text_fn(
 ) -> PaddedBatch:                          # with texts
     "Put sounds and what is said in them into one batch"
     mels, texts = _check(batch, 2)
-    return PaddedBatch(*_fill(list(mels), max_mel_length, bucket, SILENCE), texts=list(texts))
+    filled = _fill(list(mels), max_mel_length, bucket, SILENCE)
+    return PaddedBatch(*filled, texts=list(texts))
 
 # %% ../../nbs/35o_collate.ipynb #c0028
 def collate_mel_audio_fn(
@@ -99,8 +103,8 @@ def collate_mel_audio_fn(
     mels, waves = _check(batch, 2)
     for i, wave in enumerate(waves):
         if not (isinstance(wave, Tensor) and wave.dim() == 1 and len(wave)):
-            came = tuple(wave.shape) if isinstance(wave, Tensor) else type(wave).__name__
-            raise DataError(f"sample {i}: got {came}, a wave (samples,) is expected")
+            raise DataError(f"sample {i}: got {_came(wave)}, a wave (samples,) is expected")
     mel, lengths, mask, cut = _fill(list(mels), max_mel_length, bucket, SILENCE)
-    audio, samples, heard, short = _fill(list(waves), max_audio_length or mel.shape[1] * HOP, 1, 0.0)
+    S = mel.shape[1] * HOP if max_audio_length is None else max_audio_length
+    audio, samples, heard, short = _fill(list(waves), S, 1, 0.0)
     return PaddedBatch(mel, lengths, mask, cut | short, None, audio, samples, heard)

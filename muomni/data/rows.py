@@ -112,8 +112,8 @@ def _header(path, first):
     if reason: raise DataError(f"{path} line {number}: {reason}; the first line of a CSV "
                                "names its columns, as in: wav,text")
     if not all(names) or len(set(names)) < len(names):
-        raise DataError(f"{path} line {number}: columns {names}: each needs a name of "
-                        "its own, as in: wav,text")
+        raise DataError(f"{path} line {number}: columns {names[:9]}: each needs a name "
+                        "of its own, as in: wav,text")
     return names
 
 # %% ../../nbs/35r_rows.ipynb #c0038
@@ -157,7 +157,7 @@ def read_jsonl(
 # %% ../../nbs/35r_rows.ipynb #c0044
 def load_json(
     path: str | Path,               # a JSON file, UTF-8: a list of objects
-    most_bytes: int = 500_000_000,  # a longer file is refused: it would fill the memory
+    most_bytes: int = 100_000_000,  # a longer file is refused: it would fill the memory
 ) -> list:                          # its items, whatever they are
     "A whole JSON file"
     with _opened(path) as file:
@@ -198,7 +198,8 @@ def row_source(
         raise DataError(f"{path}: files that end in {ending} are not read; use .txt, "
                         ".csv, .jsonl or .json")
     if not path.is_file():
-        raise DataError(f"{path}: {'this is no file' if path.exists() else 'no such file'}")
+        why = "this is no file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {why}")
     if ending == ".json": return partial(read_items, load_json(path))
     return partial(_READERS[ending], path)
 
@@ -233,11 +234,11 @@ class BadRows:
     ) -> bool:          # True if it was not named before
         "Name a bad row, if nobody has"
         if (str(file), row) in self._known(): return False
-        one = dict(file=str(file), row=row, reason=" ".join(reason.split())[:300])
+        one = dict(file=str(file), row=row, reason=_one_line(reason))
         _append(self.path, one)
         self.show -= 1
-        if self.show >= 0: print("bad row: {file} row {row}: {reason}".format(**one), file=sys.stderr)
-        if self.show == 0: print(f"bad row: further ones are in {self.path}", file=sys.stderr)
+        if self.show >= 0: _say(f"{file} row {row}: {one['reason']}")
+        if self.show == 0: _say(f"further ones are in {self.path}")
         return True
 
     def rows(self) -> list[dict]:  # file, row, reason of each
@@ -251,7 +252,15 @@ class BadRows:
 
     def __len__(self): return len(self._known())
 
-# %% ../../nbs/35r_rows.ipynb #c0055
+# %% ../../nbs/35r_rows.ipynb #c0056
+def _one_line(reason, most=300):
+    "A reason without signs that a terminal would obey"
+    words = " ".join(reason.split())[:most]
+    return "".join(c if c.isprintable() else "?" for c in words)
+
+def _say(words): print(f"bad row: {words}", file=sys.stderr)
+
+# %% ../../nbs/35r_rows.ipynb #c0058
 def _append(path, one):
     "Add a line in a single write, which other processes cannot tear apart"
     line = json.dumps(one) + "\n"
@@ -263,7 +272,7 @@ def _append(path, one):
         raise DataError(f"{path} cannot be written: {error.strerror}; bad rows are "
                         "named there, so choose another place") from None
 
-# %% ../../nbs/35r_rows.ipynb #c0056
+# %% ../../nbs/35r_rows.ipynb #c0059
 def _read_from(path, start):
     "The whole lines behind a place, and the new place"
     if not path.exists(): return [], start
@@ -272,10 +281,11 @@ def _read_from(path, start):
         text = file.read()
     whole = text[:text.rfind(b"\n") + 1]
     values = [_parsed(line.decode(errors="replace"))[0] for line in whole.splitlines()]
-    good = [v for v in values if isinstance(v, dict) and v.keys() == {"file", "row", "reason"}]
+    known = {"file", "row", "reason"}
+    good = [v for v in values if isinstance(v, dict) and v.keys() == known]
     return good, start + len(whole)
 
-# %% ../../nbs/35r_rows.ipynb #c0059
+# %% ../../nbs/35r_rows.ipynb #c0062
 def bad_summary(
     rows: list[dict],   # from `BadRows.rows`
     places: int = 3,    # rows that are named of each kind
@@ -285,11 +295,12 @@ def bad_summary(
     for one in rows: kinds.setdefault(one["reason"].partition(":")[0], []).append(one)
     words = []
     for kind, some in sorted(kinds.items(), key=lambda item: -len(item[1])):
-        where = ", ".join(f"{Path(one['file']).name} row {one['row']}" for one in some[:places])
-        words.append(f"{len(some)} x {kind} ({where}{', ...' * (len(some) > places)})")
+        where = [f"{Path(one['file']).name} row {one['row']}" for one in some[:places]]
+        where += ["..."] * (len(some) > places)
+        words.append(f"{len(some)} x {kind} ({', '.join(where)})")
     return "; ".join(words) or "no bad rows"
 
-# %% ../../nbs/35r_rows.ipynb #c0065
+# %% ../../nbs/35r_rows.ipynb #c0068
 class Tally:
     "Counts one walk through the data, and stops it when too much is bad"
     def __init__(self,
@@ -321,7 +332,7 @@ class Tally:
         "The walk is over: refuse one that found nothing, or too much that is bad"
         self._check(*(() if whole else (self.samples,)))
         if self.rows == self.bad_rows: self._stop("not one good row")
-        if self.samples and self.samples == self.bad_samples: self._stop("not one good sample")
+        if self.samples == self.bad_samples > 0: self._stop("not one good sample")
 
     def _check(self, *guesses):       # counts that are only a part of what there is
         p, after = self.bad.share, self.bad.after
@@ -332,9 +343,9 @@ class Tally:
 
     def _stop(self, why): raise DataError(_stopped(self, why))
 
-# %% ../../nbs/35r_rows.ipynb #c0066
+# %% ../../nbs/35r_rows.ipynb #c0069
 def _stopped(tally, why):
     "The summary with which a walk stops"
-    return (f"{tally.what}: {why} ({tally.rows} rows read, {tally.samples} samples loaded): "
-            f"{bad_summary(tally.bad.rows())}; mend the rows, or allow more with "
-            "BadRows(share=...)")
+    return (f"{tally.what}: {why} ({tally.rows} rows read, {tally.samples} samples "
+            f"loaded): {bad_summary(tally.bad.rows())}; mend the rows, or allow more "
+            "with BadRows(share=...)")

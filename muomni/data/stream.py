@@ -94,7 +94,7 @@ class _Position:
         "(epoch, samples to skip) of the iteration with this sign"
         epoch, count, serial, owner = self.shared.tolist()
         if not owner: self.shared[3] = owner = sign
-        mine = owner == sign and self.served != serial    # a worker that stays comes twice
+        mine = owner == sign and self.served != serial   # workers that stay come twice
         self.served = serial
         return epoch, count if mine else 0
 
@@ -113,8 +113,8 @@ def _rows(s, tally, shard, shards):
             found = True
             yield path, number, name, text
     if not found and tally.rows > tally.bad_rows:
-        raise DataError(f"{tally.what}: none of {tally.rows} rows belongs to split={s.split!r}; "
-                        f"valid_share={s.valid_share} may be too small for so few")
+        raise DataError(f"{tally.what}: none of {tally.rows} rows belongs to split="
+                        f"{s.split!r}; valid_share={s.valid_share} may be too small")
 
 def _side(s, name, text):
     return "valid" if in_valid(s.key(name, text), s.valid_share) else "train"
@@ -172,29 +172,31 @@ class _Walker(IterableDataset):
         info = get_worker_info()
         sign = -1 if info is None else info.seed - info.id
         epoch, skip = self._position.claim(sign)
-        return _walk(self, epoch, skip, info.id if info else 0, info.num_workers if info else 1)
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return _walk(self, epoch, skip, worker, workers)
 
 # %% ../../nbs/35n_stream.ipynb #c0039
 class Stream(_Walker):
     "Samples out of files, in an order that can be found again"
     def __init__(self,
-        paths,                   # a file, or a list of files that are read one after the other
+        paths,                   # a file, or a list of files: one after the other
         *,
         skip_samples: int = 0,   # n, samples that the next iteration leaves out
         seed: int = 0,           # of the order
-        buffer: int = 1000,      # b, rows that are shuffled with each other; 0: file order
+        buffer: int = 1000,      # b, rows that are shuffled together; 0: file order
         split: str | None = None,   # "train", "valid" or None for all
         valid_share: float = 0.05,  # of samples that belong to "valid"
         rank: int | None = None,    # r, number of this process; None: of torch.distributed
         world: int | None = None,   # R, number of processes; None: of torch.distributed
         even: bool = False,      # all processes give as many; the last few are left out
         batch_size: int = 1,     # B of the loader, so that its workers keep the order
-        holes: bool = False,     # give None in the place of a sample that cannot be loaded
+        holes: bool = False,     # give None for a sample that cannot be loaded
         bad: BadRows | None = None,  # names bad rows; None: a list of its own
     ):
         several = isinstance(paths, (list, tuple))
         self.paths = [Path(p) for p in (paths if several else [paths])]
-        self.seed, self.buffer, self.split, self.valid_share = seed, buffer, split, valid_share
+        self.seed, self.buffer = seed, buffer
+        self.split, self.valid_share = split, valid_share
         self.rank, self.world = _processes(rank, world)
         self.even, self.batch_size, self.holes = even, batch_size, holes
         self.bad = BadRows() if bad is None else bad
@@ -213,8 +215,9 @@ class Stream(_Walker):
 def _processes(rank, world):
     "(rank, world) as given, or as torch.distributed knows them, or one process"
     dist = torch.distributed
-    known = dist.is_available() and dist.is_initialized() and rank is None and world is None
-    if known: return dist.get_rank(), dist.get_world_size()
+    known = dist.is_available() and dist.is_initialized()
+    if known and rank is None and world is None:
+        return dist.get_rank(), dist.get_world_size()
     return rank or 0, 1 if world is None else world
 
 def _check_stream(s):
@@ -237,18 +240,20 @@ IMAGE_COLUMNS = ("image", "picture", "path", "file")
 # %% ../../nbs/35n_stream.ipynb #c0043
 def text_of(
     value,                     # a row: str, or dict column -> text
-    columns: tuple[str, ...],  # names that the column may have, the first one found counts
+    columns: tuple[str, ...],  # names of the column; the first one found counts
     most: int = LONGEST_ROW,       # letters; more is an accident
 ) -> str:                      # without blanks around
     "A text out of a row, or why there is none"
     if isinstance(value, dict):
         name = next((c for c in columns if c in value), None)
         if name is None:
-            raise DataError(f"wrong columns: one of {', '.join(columns)} is expected, there "
-                            f"are {', '.join(map(repr, list(value)[:8])) or 'none'}"[:300])
+            there = ", ".join(map(repr, list(value)[:8])) or "none"
+            raise DataError(f"wrong columns: one of {', '.join(columns)} is expected, "
+                            f"there are {there}"[:300])
         value = value[name]
     else: name = "line"
-    if not isinstance(value, str): raise DataError(f"no text: {name} is a {type(value).__name__}")
+    if not isinstance(value, str):
+        raise DataError(f"no text: {name} is a {type(value).__name__}")
     if len(value) > most: raise DataError(f"too long: {name} has over {most:,} letters")
     if "\0" in value: raise DataError(f"holds a NUL byte: {name}")
     try: value.encode()
@@ -281,13 +286,16 @@ def _find(path, root, name):
         raise DataError(f"{'no file' if found.exists() else 'no such file'}: {name}")
     return found
 
+def _need_table(value):
+    if not isinstance(value, dict): raise DataError("wrong columns: a table is expected")
+
 # %% ../../nbs/35n_stream.ipynb #c0053
 class SoundStream(Stream):
     "Sounds with or without what is said in them, from CSV, JSONL or JSON"
     def __init__(self,
-        paths,                        # file or files; columns as in SOUND_COLUMNS, TEXT_COLUMNS
-        give: tuple[str, ...] = ("mel", "text"),  # of "mel" (T, M), "audio" (samples,), "text"
-        root: str | Path | None = None,  # where names of files begin; None: beside the table
+        paths,                        # file or files; see SOUND_COLUMNS, TEXT_COLUMNS
+        give: tuple[str, ...] = ("mel", "text"),  # of "mel" (T, M), "audio", "text"
+        root: str | Path | None = None,  # where names begin; None: the table's folder
         longest: float = 30.0,        # seconds; longer sounds are bad rows
         **how,                        # see Stream
     ):
@@ -300,7 +308,7 @@ class SoundStream(Stream):
         value,   # a row
     ) -> tuple[str, str]:
         "Name of the sound, transcript; the transcript only if it is wanted or there"
-        if not isinstance(value, dict): raise DataError("wrong columns: a table is expected")
+        _need_table(value)
         name = text_of(value, SOUND_COLUMNS, 4096)
         wanted = "text" in self.give or any(value.get(c) for c in TEXT_COLUMNS)
         return name, text_of(value, TEXT_COLUMNS) if wanted else ""
@@ -314,7 +322,8 @@ class SoundStream(Stream):
         wave = read_audio(_find(path, self.root, name), self.longest)
         parts = dict(audio=wave, text=text)
         if "mel" in self.give: parts["mel"] = log_mel(wave)
-        return parts[self.give[0]] if len(self.give) == 1 else tuple(parts[g] for g in self.give)
+        given = tuple(parts[name] for name in self.give)
+        return given if len(given) > 1 else given[0]
 
 # %% ../../nbs/35n_stream.ipynb #c0057
 class PictureStream(Stream):
@@ -322,20 +331,21 @@ class PictureStream(Stream):
     def __init__(self,
         paths,                # file or files; columns as in IMAGE_COLUMNS, TEXT_COLUMNS
         side: int,            # of the square that each picture becomes (pixels)
-        together: str = "image",  # what must not be on both sides of a split: "image" or "text"
-        root: str | Path | None = None,  # where names of files begin; None: beside the table
+        together: str = "image",  # what is on one side of a split: "image" or "text"
+        root: str | Path | None = None,  # where names begin; None: the table's folder
         **how,                # see Stream
     ):
         self.side, self.together, self.root = side, together, root
         if together not in ("image", "text") or side < 1:
-            raise DataError(f"together={together!r}, side={side}: 'image' or 'text', and 1 or more")
+            raise DataError(f"together={together!r}, side={side}: 'image' or 'text', and 1 "
+                            "or more, are expected")
         super().__init__(paths, **how)
 
     def fields(self,
         value,   # a row
     ) -> tuple[str, str]:
         "Name of the picture, its text"
-        if not isinstance(value, dict): raise DataError("wrong columns: a table is expected")
+        _need_table(value)
         return text_of(value, IMAGE_COLUMNS, 4096), text_of(value, TEXT_COLUMNS)
 
     def load(self,
@@ -374,7 +384,8 @@ class StreamLoader(DataLoader):
     ):
         stream.batch_size, stream.holes, self.done = batch_size, True, 0
         self._made = dict(batch_size=batch_size, workers=workers, collate=collate) | more
-        super().__init__(stream, batch_size, num_workers=workers, collate_fn=_Together(collate), **more)
+        super().__init__(stream, batch_size, num_workers=workers,
+                         collate_fn=_Together(collate), **more)
 
     def __iter__(self):
         self.done = self.dataset.skip_samples
@@ -394,14 +405,15 @@ def calculate_resume_position(
 ) -> tuple[int, int]:        # (start_epoch, start_batch_idx)
     "Where a training goes on: epoch, and batches of it that are done"
     if step < 0 or batches_per_epoch < 1 or accumulate < 1:
-        raise DataError(f"step {step}, {batches_per_epoch} batches an epoch, {accumulate} a "
-                        "step: 0 or more, 1 or more and 1 or more are expected")
+        raise DataError(f"step {step}, {batches_per_epoch} batches an epoch, {accumulate} "
+                        "a step: 0 or more, 1 or more and 1 or more are expected")
     return divmod(step * accumulate, batches_per_epoch)
 
 # %% ../../nbs/35n_stream.ipynb #c0068
 def _skipping(data):
     "The data set that can skip, below its wrappers; None if there is none"
-    while data is not None and not hasattr(data, "skip_samples"): data = getattr(data, "dataset", None)
+    while data is not None and not hasattr(data, "skip_samples"):
+        data = getattr(data, "dataset", None)
     return data
 
 class _LaterOnce(Sampler):
@@ -414,8 +426,9 @@ class _LaterOnce(Sampler):
         return islice(iter(self.sampler), count, None)
 
 # %% ../../nbs/35n_stream.ipynb #c0069
-_SETTINGS = ("batch_size num_workers collate_fn pin_memory drop_last timeout worker_init_fn "
-             "multiprocessing_context generator prefetch_factor persistent_workers").split()
+_SETTINGS = ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last",
+             "timeout", "worker_init_fn", "multiprocessing_context", "generator",
+             "prefetch_factor", "persistent_workers")
 
 # %% ../../nbs/35n_stream.ipynb #c0070
 def setup_resume_data_loading(
@@ -424,7 +437,8 @@ def setup_resume_data_loading(
     start_epoch: int = 0,   # the epoch; sets the order, where the data set knows epochs
 ) -> DataLoader:            # a new one; its first iteration is the rest of the epoch
     "Go on in the middle of an epoch; later epochs are whole"
-    if start_batch_idx < 0: raise DataError(f"start_batch_idx {start_batch_idx}: 0 or more is expected")
+    if start_batch_idx < 0:
+        raise DataError(f"start_batch_idx {start_batch_idx}: 0 or more is expected")
     count, data = start_batch_idx * (loader.batch_size or 1), _skipping(loader.dataset)
     if hasattr(data, "set_epoch"): data.set_epoch(start_epoch)
     if data is not None: data.skip_samples = count
@@ -432,7 +446,8 @@ def setup_resume_data_loading(
     settings = {name: getattr(loader, name) for name in _SETTINGS}
     if data is None:
         if isinstance(loader.dataset, IterableDataset):
-            raise DataError(f"{type(loader.dataset).__name__} has no skip_samples, so it cannot go on")
+            raise DataError(f"{type(loader.dataset).__name__} has no skip_samples, so it "
+                            "cannot go on in the middle")
         settings["sampler"] = _LaterOnce(loader.sampler, count)
     return DataLoader(loader.dataset, **settings)
 
