@@ -28,6 +28,8 @@ SAME_FLOOR = {
     "data.facts": "data.questions data.scenes data.words",
     "data.world": "data.facts data.questions data.scenes data.words",
     "data.corpus": "data.english data.sentences data.speech",
+    "data.stream": "data.rows",
+    "data.collate": "data.rows",
     "data.make": "data.world data.scenes data.english data.words data.packing",
     "sampling": "thinker",
     "talker": "sampling tokenizer codec",
