@@ -257,6 +257,7 @@ def test_config_of_another_version(copy):
     (copy / "my.json").write_text(json.dumps(config))
     words = ["train", "text", "--config", copy / "my.json", "--out", copy]
     edit_metadata(copy, config=config)
+    (copy / "thinker" / "training.json").write_text("{}")     # it was trained here
     refused(copy, 1, "training_params.lr=0.02, now it is 0.5", "--out", words=[*words, "--set", "training_params.lr=0.5"])
     status, out, err = call(*words)
     assert (status, out) == (0, "") and "done already" in err, err
