@@ -561,10 +561,18 @@ def _add_eval(sub):
 
 # %% ../nbs/38_cli.ipynb #b613c592
 def _add_data(sub):
+    from muomni.cli_data import add_data
     p = _command(sub, "data", run_data,
-        "write the synthetic data sets, and three samples in examples/",
-        "muomni data make --out data/", "muomni data make --what text images --count 200")
-    p.add_argument("action", choices=["make"], help="make = write what is not there yet")
+        "write the synthetic data sets, check data of your own, fit configs to them, "
+        "fetch open sets; `muomni data ACTION --help` tells more",
+        "muomni data make --out data/", "muomni data check data/images",
+        "muomni data update-configs data/images --config vision_nano",
+        "muomni data download text")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    p = _command(actions, "make", run_data,
+        "write the synthetic data sets, and three samples in examples/; what is there "
+        "already is not made again", "muomni data make --out data/",
+        "muomni data make --what text images --count 200")
     p.add_argument("--out", default="data", metavar="DIR",
                    help="where they go (default: %(default)s)")
     p.add_argument("--what", nargs="+", choices=["text", "images", "ocr"],
@@ -574,6 +582,7 @@ def _add_data(sub):
     p.add_argument("--seed", type=int, default=0,
                    help="of the world (default: %(default)s)")
     _add_json(p)
+    add_data(actions)
 
 # %% ../nbs/38_cli.ipynb #10cc1238
 def _add_machine(sub):

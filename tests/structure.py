@@ -11,7 +11,7 @@ FLOORS = {
     3: "data",
     4: "train",
     5: "chat inference scores evaluate export bench",
-    6: "cli cli_senses app",
+    6: "cli cli_senses cli_data app",
 }
 # Imports within a floor that are allowed, and no others.
 SAME_FLOOR = {
@@ -30,13 +30,17 @@ SAME_FLOOR = {
     "data.corpus": "data.english data.sentences data.speech",
     "data.stream": "data.rows",
     "data.collate": "data.rows",
+    "data.check": "data.make",
+    "data.fit_config": "data.make",
+    "data.download": "data.make",
     "data.make": "data.world data.scenes data.english data.words data.packing",
     "sampling": "thinker",
     "talker": "sampling tokenizer codec",
     "scores": "inference",
     "evaluate": "chat scores inference",
-    "cli": "cli_senses",
+    "cli": "cli_senses cli_data",
     "cli_senses": "cli",
+    "cli_data": "cli",
     "train.loop": "train.optim train.checkpoint",
     "train.text": "train.loop train.optim train.checkpoint",
     "train.audio": "train.loop train.checkpoint train.text",
