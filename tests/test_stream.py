@@ -1,7 +1,7 @@
 """The promises of muomni.data.rows, .stream and .collate on sizes, bytes and workers that nobody chose by hand.
 
 MUOMNI_SOAK=1 tries 10 000 inputs a reader and 2 000 orders in place of a few hundred."""
-import copy, csv, io, json, os, pickle, struct, tracemalloc, wave
+import copy, csv, gc, io, json, os, pickle, struct, tracemalloc, wave
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -530,6 +530,15 @@ def test_collate_of_waves(lengths, most, samples):
     for (mel, heard), out, m, cut in zip(rows, batch.audio, batch.audio_mask, batch.cut):
         assert torch.equal(out[m], heard[:S]) and not out[~m].any()
         assert cut == (len(heard) > S or len(mel) > batch.mel.shape[1])
+
+
+def test_the_temporary_list_goes_with_its_owner_and_not_with_a_worker(folder):
+    s = LineStream(texts(folder, 20))
+    path = s.bad.path
+    assert sorted(sum(StreamLoader(s, 4, 2), [])) == sorted(s) and path.exists()      # two workers had copies, and ended
+    del s
+    gc.collect()
+    assert not path.exists()
 
 
 def test_summary_of_nothing(): assert bad_summary([]) == "no bad rows"
