@@ -1,7 +1,7 @@
 """The promises of muomni.data.rows, .stream and .collate on sizes, bytes and workers that nobody chose by hand.
 
 MUOMNI_SOAK=1 tries 10 000 inputs a reader and 2 000 orders in place of a few hundred."""
-import copy, csv, io, json, os, pickle, struct, tracemalloc, wave
+import copy, csv, gc, io, json, os, pickle, struct, tracemalloc, wave
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -238,6 +238,13 @@ def test_near_copies_stay_together():
     assert 60 < sum(in_valid(plain_key(f"number {i}"), 0.5) for i in range(200)) < 140      # it does split
 
 
+def test_near_copies_in_a_file_stay_together(folder):
+    rows = [v for i in range(60) for v in (f"The number {i}.", f"the NUMBER {i}", f"the  number, {i}!")]
+    (folder / "near.txt").write_text("\n".join(rows))
+    a, b = ({plain_key(t) for t in LineStream(folder / "near.txt", split=s, valid_share=0.3)} for s in ("train", "valid"))
+    assert a and b and not a & b and len(a | b) == 60
+
+
 def test_two_captions_of_a_picture_stay_together(folder):
     rows = [dict(image=f"{i // 2}.png", caption=f"caption {i}") for i in range(80)]
     (folder / "captions.json").write_text(json.dumps(rows))
@@ -269,14 +276,14 @@ def sounds(folder, bad, rows):
     (folder / "d.wav").mkdir(exist_ok=True)
     broken = {"missing": b"none.wav,hello", "cut": b"cut.wav,hello", "noise": b"noise.wav,hello", "empty": b"0.wav,  ", "nul": b"0.wav,he\0llo",
               "large": b"0.wav," + b"x" * 1_000_000, "columns": b"0.wav", "many": b"0.wav,a,b", "bytes": b"0.wav,\xff\xfe", "quote": b'0.wav,"hello',
-              "folder": b"d.wav,hello", "up": b"../../../../../dev/zero,hello", "name": b",hello"}
+              "folder": b"d.wav,hello", "device": b"/dev/null,hello", "name": b",hello"}
     lines = [b"wav,text"] + [broken[bad[i]] if i in bad else b"%d.wav,hello %d" % (i % 3, i) for i in range(2, rows + 2)]
     (folder / "sounds.csv").write_bytes(b"\n".join(lines) + b"\n")
     return folder / "sounds.csv"
 
 
 KINDS = dict(missing="no such file", cut="unreadable", noise="unreadable", empty="empty text", nul="holds a NUL byte", large="too long",
-             columns="wrong number of fields", many="wrong number of fields", bytes="not UTF-8", quote="not CSV", folder="no file", up="no ", name="empty wav")
+             columns="wrong number of fields", many="wrong number of fields", bytes="not UTF-8", quote="not CSV", folder="no file", device="no file", name="empty wav")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -334,6 +341,21 @@ def test_nothing_good_is_an_error(tmp_path, content, kind):
     with pytest.raises(DataError, match=kind): list(StreamLoader(SoundStream(tmp_path / "a.csv", bad=BadRows(show=0)), 2))
 
 
+@pytest.mark.parametrize("line, reason", [
+    ('{"text": "a\\ud800b"}', "half a sign"), ('{"text": "a\\u0000b"}', "holds a NUL byte"), ('{"text": 7}', "no text: text is a int"), ('{"text": null}', "no text"),
+    ('{"words": "hi"}', "wrong columns"), ("{}", "wrong columns"), ('["text"]', "not an object"), ('{"text": "hi"', "not JSON"), ("[" * 50_000, "not JSON"),
+    ('{"n": ' + "9" * 5000 + ', "text": "hi"}', "not JSON"), ('{"text": "\\n \\t"}', "empty text"), ('{"text": "' + "x" * (LONGEST_ROW + 1) + '"}', "too long")])
+def test_bad_objects_are_named(tmp_path, line, reason):
+    for name, content in (("a.jsonl", '{"text": "one"}\n' + line + '\n{"text": "two"}\n'), ("a.json", '[{"text": "one"}, ' + line + ', {"text": "two"}]')):
+        (tmp_path / name).write_text(content)
+        if name == "a.json" and reason == "not JSON":
+            with pytest.raises(DataError, match="not JSON"): LineStream(tmp_path / name)
+            continue
+        bad = quiet()
+        assert list(LineStream(tmp_path / name, buffer=0, bad=bad)) == ["one", "two"]
+        assert [b["row"] for b in bad.rows()] == [2] and bad.rows()[0]["reason"].startswith(reason)
+
+
 def test_missing_or_foreign_files(tmp_path):
     (tmp_path / "a.parquet").write_text("x")
     for path, words in ((tmp_path / "a.csv", "no such file"), (tmp_path, "this is no file"), (tmp_path / "a.parquet", "use .txt"), ([], "at least one")):
@@ -374,7 +396,7 @@ def test_csv_reads_what_csv_writes(tmp_path_factory, rows):
 
 pieces = st.sampled_from([b'"', b'""', b",", b"\n", b"\r\n", b"\r", b"\0", b"\xef\xbb\xbf", b"wav,text\n", b"wav", b"text", b"image", b"caption", b"{", b"}", b"[", b"]",
                           b":", b'"text":', b'{"image": "a.png", "caption": "x"}', b"0.wav,hello\n", b"\xff", b"\xc3", "é".encode(), "\u2028".encode(), b"\\ud800",
-                          b"NaN", b"1e999", b"9" * 5000, b"[" * 3000, b"null", b"true", b"x" * (LONGEST_ROW + 1), b" ", b"\t", b"\\u0000", b"../", b"/dev/zero"])
+                          b"NaN", b"1e999", b"9" * 5000, b"[" * 3000, b"null", b"true", b"x" * (LONGEST_ROW + 1), b" ", b"\t", b"\\u0000", b"../", b"/dev/null"])
 contents = st.one_of(st.binary(max_size=300), st.lists(st.one_of(pieces, st.binary(max_size=6)), max_size=25).map(b"".join))
 
 
@@ -508,6 +530,15 @@ def test_collate_of_waves(lengths, most, samples):
     for (mel, heard), out, m, cut in zip(rows, batch.audio, batch.audio_mask, batch.cut):
         assert torch.equal(out[m], heard[:S]) and not out[~m].any()
         assert cut == (len(heard) > S or len(mel) > batch.mel.shape[1])
+
+
+def test_the_temporary_list_goes_with_its_owner_and_not_with_a_worker(folder):
+    s = LineStream(texts(folder, 20))
+    path = s.bad.path
+    assert sorted(sum(StreamLoader(s, 4, 2), [])) == sorted(s) and path.exists()      # two workers had copies, and ended
+    del s
+    gc.collect()
+    assert not path.exists()
 
 
 def test_summary_of_nothing(): assert bad_summary([]) == "no bad rows"

@@ -211,8 +211,10 @@ def _own_file(owner):
     weakref.finalize(owner, _remove, path, os.getpid())
     return path
 
-def _remove(path, process):
-    if os.getpid() == process: Path(path).unlink(missing_ok=True)
+def _remove(path, process, now=os.getpid, unlink=os.unlink, gone=FileNotFoundError):
+    try:                            # at the very end `os` itself may be gone already
+        if now() == process: unlink(path)
+    except gone: pass
 
 # %% ../../nbs/35r_rows.ipynb #c0054
 class BadRows:
