@@ -30,7 +30,7 @@ SAME_FLOOR = {
     "data.corpus": "data.english data.sentences data.speech",
     "data.stream": "data.rows",
     "data.collate": "data.rows",
-    "data.check": "data.make",
+    "data.check": "data.make data.stream",
     "data.fit_config": "data.make",
     "data.download": "data.make",
     "data.make": "data.world data.scenes data.english data.words data.packing",

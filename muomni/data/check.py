@@ -27,6 +27,7 @@ from ..tokenizer import Tokenizer
 
 # %% ../../nbs/35p_check.ipynb #31199703
 from .make import open_folder, whole_file
+from .stream import in_valid, plain_key
 
 # %% ../../nbs/35p_check.ipynb #425c2553
 def _clean(text):
@@ -383,21 +384,26 @@ def measure_row(
 ) -> tuple:              # ({measure: number}, key, digest of the content)
     "Look at all that a row names; raises RowError."
     if row.error: raise row.error
-    found, ids, digest, key = {}, None, None, row.values.get("text", "")
+    found, ids, digest, text = {}, None, None, row.values.get("text", "")
     for role in ("sound", "image"):
         if role not in row.values: continue
-        key = row.values[role]
-        if key not in cache:
+        name = row.values[role]
+        if name not in cache:
             cache.clear()                      # captions of a picture stand together
-            cache[key] = _media(file_inside(folder, key), role, limits)
-        found |= cache[key][0]
-        digest = cache[key][1]
+            cache[name] = _media(file_inside(folder, name), role, limits)
+        found |= cache[name][0]
+        digest = cache[name][1]
     if "text" in row.values:
-        sizes, ids = _text(row.values["text"], tokenizer)
+        sizes, ids = _text(text, tokenizer)
         found |= sizes
     if ids is not None and "frames" in found: found["need"] = ctc_frames(ids)
-    digest = digest or hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return found, key, digest
+    digest = digest or hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return found, _key(row.values), digest
+
+def _key(values):
+    "What decides the side: of a picture its file, else the text, as in the streams"
+    if "image" in values: return Path(values["image"]).as_posix()
+    return plain_key(values["text"]) if values.get("text") else values["sound"]
 
 # %% ../../nbs/35p_check.ipynb #3fcae74c
 def hash_side(
@@ -405,8 +411,7 @@ def hash_side(
     share: float = 0.05,  # of validation, 0 to 1
 ) -> str:                 # "train" or "valid"
     "Which side a sample is on: always the same one, whatever stands around it."
-    mark = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return "valid" if int.from_bytes(mark[:8], "big") < share * 2 ** 64 else "train"
+    return "valid" if in_valid(key, share) else "train"
 
 _SIDE = re.compile(r"(?:^|[_.-])(train|valid|val|dev|test)$", re.I)
 
