@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
-LIMITS = {"pytest": 900, "notebooks": 1500, "site": 300}     # seconds; far above what each takes
+LIMITS = {"pytest": 1500, "notebooks": 1800, "site": 300}     # seconds; far above what each takes
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TOKENIZERS_PARALLELISM": "false",
        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT),
        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
