@@ -56,9 +56,15 @@ def _say(args, result, text):
     if getattr(args, "json", False): text = json.dumps(result, ensure_ascii=False)
     print(text, file=getattr(args, "result_to", None) or sys.stdout, flush=True)
 
+# %% ../nbs/38_cli.ipynb #9797bc18
+def _rank():
+    "Number of this process among those that `torchrun` started; alone it is 0"
+    return int(os.environ.get("RANK", 0))
+
 # %% ../nbs/38_cli.ipynb #33954b77
-def _note(text):
-    "A remark: never in the way of a result"
+def _note(text, every=False):
+    "A remark: never in the way of a result; of several processes the first tells it"
+    if _rank() and not every: return
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/38_cli.ipynb #77883a3b
@@ -134,7 +140,9 @@ def _use_all_cores():
     "Training wants every core, whatever OMP_NUM_THREADS says for notebooks"
     import torch
     known = hasattr(os, "sched_getaffinity")
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))      # processes on this machine
+    torch.set_num_threads(max(1, cores // here))
 
 # %% ../nbs/38_cli.ipynb #4e37198f
 def _board(args):
@@ -156,12 +164,12 @@ def _train_stage(stage, config, out, more):
     if stage == "text" and tokenizer.exists():
         from muomni.train.text import stage_tokenizer
         stage_tokenizer(tokenizer, config.model_params.vocab_size)
-    _claim(part, config)
+    if not _rank(): _claim(part, config)
     _use_all_cores()
     _note(f"{stage}: training into {out}, log in {part / 'log.csv'}; "
           "Ctrl-C stops, the same command goes on")
     train = getattr(import_module(f"muomni.train.{stage}"), f"train_{stage}")
-    train(config, out, bar=sys.stderr.isatty(), **more)
+    train(config, out, bar=sys.stderr.isatty() and not _rank(), **more)
     _note(f"{stage}: done, in {out}")
 
 # %% ../nbs/38_cli.ipynb #32f55ca3
@@ -181,11 +189,21 @@ def _train_apart(stage, config, out, more):
     if status: raise Trouble(f"{stage}: ended with status {status}; what it said stands "
                              "above, and the stages before it are kept")
 
+# %% ../nbs/38_cli.ipynb #d3e15d61
+def _check_processes(stage):
+    "Refuse what several processes cannot do together"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
+    if stage == "all": raise Misuse("several processes train one stage at a time: name "
+                                    "one in place of `all`")
+    if stage == "codec": raise Misuse("the codec's tables learn from what a process has "
+                                      "seen: train it in one process")
+
 # %% ../nbs/38_cli.ipynb #c3165443
 def run_train(
     args: argparse.Namespace,   # stage, preset, config, set, minutes, out, tensorboard
 ):
     "muomni train"
+    _check_processes(args.stage)
     configs, more = _train_configs(args), _board(args)
     name = next(iter(configs.values())).name.split("_")[-1]
     out = Path(args.out or f"checkpoints/{name}")
@@ -503,7 +521,9 @@ def _add_train(sub):
     p = _command(sub, "train", run_train,
         "train a stage, or all of them; goes on where it stopped",
         "muomni train all", "muomni train all --minutes 10 --out checkpoints/quick",
-        "muomni train text --set training_params.lr=0.01 --out checkpoints/mine")
+        "muomni train text --set training_params.lr=0.01 --out checkpoints/mine",
+        "torchrun --standalone --nproc-per-node 2 --no-python muomni train text "
+        "--set training_params.accumulate=2   (two processes; a multiple of their number)")
     p.add_argument("stage", choices=[*ORDER, "all"],
                    help="text: the Thinker; audio: it hears; vision: it sees; omni: all "
                    "at once; codec: sound as codes; talker: it speaks; all: one after "
@@ -657,5 +677,5 @@ def main(
         return 1
     except Exception as e:
         if args.debug: raise
-        _note(f"muomni: {_line(e, args.command)}")
+        _note(f"muomni: {_line(e, args.command)}", every=True)
         return _status(e)

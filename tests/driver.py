@@ -1,10 +1,11 @@
 """Run as a child process: `muomni` over a short text in one thread, which may be killed at a chosen place.
 
 KILL_STEP=n     ends the process before step n by SIGNAL (9 = as a power cut, 2 = as Ctrl-C)
+KILL_RANK=n     of several processes only this one
 KILL_WRITE=n    ends it in the middle of writing state.pt for the n-th time
 SLOW_ANSWER=1   answers come slowly and never end: for Ctrl-C in a conversation"""
 import os, signal, sys, time
-if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+if hasattr(os, "sched_setaffinity") and "RANK" not in os.environ: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import small
 import muomni.data.english
 
@@ -43,7 +44,8 @@ def slow_answers():
 
 
 if __name__ == "__main__":
-    if "KILL_STEP" in os.environ: kill_at_step(int(os.environ["KILL_STEP"]), int(os.environ.get("SIGNAL", 9)))
+    killed = os.environ.get("KILL_RANK", "") in ("", os.environ.get("RANK"))
+    if "KILL_STEP" in os.environ and killed: kill_at_step(int(os.environ["KILL_STEP"]), int(os.environ.get("SIGNAL", 9)))
     if "KILL_WRITE" in os.environ: kill_in_write(int(os.environ["KILL_WRITE"]))
     if "SLOW_ANSWER" in os.environ: slow_answers()
     from muomni.cli import main

@@ -33,6 +33,7 @@ from ..data.sounds import augment
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import digest, folder_lock, load_part, save_model
+from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 from .text import stage_tokenizer
 
@@ -376,7 +377,7 @@ def train_audio(
     "Stage B from nothing, or from where it stopped"
     folder = Path(out) / "audio"
     with folder_lock(folder):
-        tokenizer = _tokenizer(Path(out) / "tokenizer.json")
+        with one_first(join_group()): tokenizer = _tokenizer(Path(out) / "tokenizer.json")
         corpora = hearing_corpora(config, bar)
         torch.manual_seed(config.training_params.seed)
         hearer = Hearer(config.model_params, len(tokenizer))

@@ -67,12 +67,18 @@ def _lock_file(
     msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
     return True
 
+# %% ../../nbs/39_checkpoint.ipynb #c601888f
+def _is_first():
+    "Of the processes that train together (notebook 36c) one writes; alone it is this one"
+    return os.environ.get("RANK", "0") == "0"
+
 # %% ../../nbs/39_checkpoint.ipynb #fe1a4e9f
 @contextlib.contextmanager
 def folder_lock(
     folder: str | Path,  # the output folder of a training; it is made
 ):
     "Only one training at a time works in a folder; the lock ends with the process"
+    if not _is_first(): yield; return
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,7 @@ def save_model(
     dtype: torch.dtype | None = None,  # of the saved weights; None = as they are
 ):
     "Weights, and what is known about them"
+    if not _is_first(): return
     def kept(v): return dtype if dtype and v.is_floating_point() else v.dtype
     weights = {k: v.detach().to(kept(v)).cpu().contiguous().clone()
                for k, v in model.state_dict().items()}      # clone: tied weights twice

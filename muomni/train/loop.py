@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
 from .checkpoint import (
     FREE, CheckpointError, first_change, load_state, save_state, write_whole)
+from .group import Group, join_group
 from .optim import choose_precision, make_optimizer, schedule, set_lr
 
 # %% ../../nbs/26_loop.ipynb #4d97eae0
@@ -47,20 +48,23 @@ def train_step(
     precision: torch.dtype,            # what autocast computes in
     clip: float,                       # largest gradient norm
     max_norm: float = math.inf,        # norm before clipping that is beyond belief
+    group: Group = Group(),            # the processes that share the micro-batches
 ) -> tuple[float, float]:              # loss, gradient norm before clipping
     "Forward and backward over the micro-batches, clip, look, step"
     weights = [task.weight(b) for b in batches]
     device, total = next(task.model.parameters()).device.type, 0.0
+    tokens = max(1, group.total(sum(weights)))   # the mean is over tokens, not batches
     for batch, weight in zip(batches, weights):
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             loss = task.loss(task.model, batch)
-        share = weight / max(1, sum(weights))   # the mean is over tokens, not batches
+        share = weight / tokens
         (loss * share).backward()
         total += loss.item() * share
+    group.sum_gradients(task.model)
     norm = nn.utils.clip_grad_norm_(task.model.parameters(), clip).item()
     if norm < max_norm: optimizer.step()    # not so where it is inf or no number
     optimizer.zero_grad(set_to_none=True)
-    return total, norm
+    return group.total(total), norm
 
 # %% ../../nbs/26_loop.ipynb #c7401970
 @contextlib.contextmanager
@@ -149,6 +153,7 @@ class Run:
     progress: dict = field(default_factory=dict)  # step, plan, ...: what a resume needs
     figures: list = field(default_factory=list)   # (step, figures) of validations here
     start: int = 0                     # step at which this process took over
+    group: Group = Group()             # the processes at work
 
 # %% ../../nbs/26_loop.ipynb #6cb7d196
 def run_metadata(
@@ -169,21 +174,23 @@ def start_run(
     folder: str | Path,    # where log and state live
 ) -> Run:
     "Optimizer and precision; goes on from a saved state if there is one"
-    c, folder = config, Path(folder)
+    c, folder, group = config, Path(folder), join_group()
     device = next(task.model.parameters()).device.type
     optimizer = make_optimizer(task.model, c.optimizer, c.lr, c.adam_lr, c.weight_decay)
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
+    _can_share(folder, p, c, group)
     if p.setdefault("minutes", c.minutes) != c.minutes:    # another budget, another plan
         p["minutes"] = c.minutes
         if p["step"] >= REPLAN: _plan(p, c)
     if "precision" not in p:
         chosen = choose_precision(c.precision, device)
-        p["precision"] = str(chosen).removeprefix("torch.")
+        half = group.tell(chosen == torch.bfloat16)      # it may depend on a clock
+        p["precision"] = "bfloat16" if half else "float32"
     if c.compile: task = replace(task, loss=compiled(task.loss))
     precision = getattr(torch, p["precision"])
-    return Run(task, c, folder, optimizer, precision, p, start=p["step"])
+    return Run(task, c, folder, optimizer, precision, p, start=p["step"], group=group)
 
 # %% ../../nbs/26_loop.ipynb #d8b20766
 def _same_settings(folder, progress, config):
@@ -194,6 +201,18 @@ def _same_settings(folder, progress, config):
         key, old, new = change
         raise CheckpointError(f"{folder}: began with training_params.{key}={old}, now "
             f"it is {new}; set it back, or delete state*.pt to start anew")
+
+# %% ../../nbs/26_loop.ipynb #6248d233
+def _can_share(folder, progress, config, group):
+    "Refuse micro-batches that do not divide, and a folder that not all processes see"
+    if config.accumulate % group.world:
+        raise ValueError(f"training_params.accumulate is {config.accumulate}, but "
+            f"{group.world} processes share the micro-batches of a step; set it to a "
+            f"multiple of {group.world}")
+    if (step := group.tell(progress["step"])) != progress["step"]:
+        raise CheckpointError(f"{folder}: process {group.rank} found step "
+            f"{progress['step']} here, process 0 found {step:.0f}; name a folder that "
+            "all of them see")
 
 # %% ../../nbs/26_loop.ipynb #d5bf0039
 def compiled(
@@ -219,11 +238,11 @@ def one_step(
     p, c = run.progress, run.config
     first = p["step"] * c.accumulate
     numbers = range(first, first + c.accumulate)
-    batches = [run.task.batch(n) for n in numbers]
+    batches = [run.task.batch(n) for n in run.group.share(numbers)]
     share = schedule(p["step"], p["plan"], c.warmup, c.final_lr)
     set_lr(run.optimizer, share)
     loss, norm = train_step(run.task, batches, run.optimizer, run.precision, c.clip,
-                            c.max_norm)
+                            c.max_norm, run.group)
     if norm < c.max_norm: p["in_a_row"] = 0
     else: _skipped(run, loss, norm, numbers)
     row = dict(step=p["step"], loss=round(loss, 5), norm=round(norm, 4),
@@ -239,9 +258,10 @@ def _skipped(run, loss, norm, numbers):
     p, columns = run.progress, ("step", "batches", "loss", "norm")
     p["skipped"] += 1
     p["in_a_row"] = p.get("in_a_row", 0) + 1
-    log = CsvLog(run.folder / "skipped.csv", p["step"], columns)
-    log.add(step=p["step"], batches=" ".join(map(str, numbers)), loss=loss, norm=norm)
-    log.close()
+    if not run.group.rank:
+        log = CsvLog(run.folder / "skipped.csv", p["step"], columns)
+        log.add(step=p["step"], batches=" ".join(map(str, numbers)), loss=loss, norm=norm)
+        log.close()
     if p["in_a_row"] >= PATIENCE:
         raise RuntimeError(f"step {p['step']}: {PATIENCE} steps in a row had a gradient "
             f"that is not finite or not below max_norm (loss {loss:.4g}, norm {norm:.4g}; "
@@ -272,18 +292,26 @@ def fit(
 ) -> Run:                  # the finished run
     "Train the planned steps, or until somebody asks to stop"
     run = start_run(task, config, folder)
-    p = run.progress
-    if not p["step"]: (run.folder / "skipped.csv").unlink(missing_ok=True)
-    logs = [CsvLog(run.folder / "log.csv", p["step"])]
-    if tensorboard: logs.append(BoardLog(run.folder / "tensorboard", p["step"]))
-    show = tqdm(total=p["plan"], initial=p["step"], unit="step", disable=not bar)
+    p, logs = run.progress, [] if run.group.rank else _logs(run, tensorboard)
+    show = tqdm(total=p["plan"], initial=p["step"], unit="step",
+                disable=not bar or run.group.rank > 0)
     task.model.train()
     with polite_interrupt() as asked, show, _closing(logs):
-        while p["step"] < p["plan"] and not asked: _whole_step(run, show, logs)
+        while p["step"] < p["plan"] and not run.group.agree(asked):
+            _whole_step(run, show, logs)
         if p["step"] % config.save_every: _save(run)     # else it was saved just now
-    plot_log(run.folder / "log.csv")
-    if asked: raise KeyboardInterrupt
+        run.group.wait()        # whoever ends first may end the others
+    if logs: plot_log(run.folder / "log.csv")
+    if asked or p["step"] < p["plan"]: raise KeyboardInterrupt    # here, or elsewhere
     return run
+
+# %% ../../nbs/26_loop.ipynb #8b4d2dac
+def _logs(run, tensorboard):
+    "The logs of a run, that go on where it goes on"
+    step = run.progress["step"]
+    if not step: (run.folder / "skipped.csv").unlink(missing_ok=True)
+    board = [BoardLog(run.folder / "tensorboard", step)] if tensorboard else []
+    return [CsvLog(run.folder / "log.csv", step), *board]
 
 # %% ../../nbs/26_loop.ipynb #0c4b2fc0
 @contextlib.contextmanager
@@ -303,10 +331,12 @@ def _whole_step(run, show, logs):
     p["seconds"] += seconds
     if p["step"] == run.start + 1 and (c.compile or not run.start):
         p["slow"] = p["slow"][0] + 1, p["slow"][1] + seconds
-    if _is_plan_due(p["step"]): _plan(p, c); show.total = p["plan"]
+    if _is_plan_due(p["step"]):
+        _plan(p, c)
+        show.total = p["plan"] = int(run.group.tell(p["plan"]))   # clocks differ
     row |= dict(seconds=round(p["seconds"], 2), tokens=p["tokens"], figures="")
     due = p["step"] == p["plan"] or p["step"] % c.validate_every == 0
-    if run.task.validate and due: row["figures"] = _validate(run)
+    if run.task.validate and due and logs: row["figures"] = _validate(run)
     for log in logs: log.add(**row)
     if p["step"] % c.save_every == 0: _save(run)
     show.update(1)
@@ -314,7 +344,8 @@ def _whole_step(run, show, logs):
 
 # %% ../../nbs/26_loop.ipynb #78e0eb8e
 def _save(run):
-    "All that a resume needs"
+    "All that a resume needs; one process writes it"
+    if run.group.rank: return
     save_state(run.folder / "state.pt", run.task.model, run.optimizer, run.progress)
 
 # %% ../../nbs/26_loop.ipynb #98d44a01
@@ -396,6 +427,7 @@ class Ahead:
         make: Callable[[int], object],   # number -> batch, a pure function
     ):
         self.make, self.thread, self.next = make, ThreadPoolExecutor(1), {}
+        self.last = None                 # number before; one of 4 processes goes 0, 4, ...
 
     def batch(self,
         n: int,   # number of the micro-batch, from 0 on
@@ -404,5 +436,6 @@ class Ahead:
         ready = self.next.pop(n, None)
         for stale in self.next.values(): stale.cancel()
         now = (ready or self.thread.submit(self.make, n)).result()
-        self.next = {n + 1: self.thread.submit(self.make, n + 1)}
+        after = n + (1 if self.last is None else max(1, n - self.last))
+        self.last, self.next = n, {after: self.thread.submit(self.make, after)}
         return now

@@ -20,6 +20,7 @@ from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
 from .checkpoint import digest, folder_lock, save_model
+from .group import join_group, one_first
 from .loop import Task, fit, run_metadata
 
 # %% ../../nbs/27_text.ipynb #17d520b0
@@ -308,7 +309,8 @@ def train_text(
     out = Path(out)
     with folder_lock(out / "thinker"):
         vocab_size = config.model_params.vocab_size
-        tokenizer = stage_tokenizer(out / "tokenizer.json", vocab_size)
+        with one_first(join_group()):
+            tokenizer = stage_tokenizer(out / "tokenizer.json", vocab_size)
         torch.manual_seed(config.training_params.seed)
         model = ThinkerLM(config.model_params)
         task = text_task(config, tokenizer, model)

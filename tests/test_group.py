@@ -1,0 +1,89 @@
+"""Two processes under `torchrun` train what one trains: the same losses, the same weights, also over a kill and a Ctrl-C."""
+import csv, signal, subprocess, sys
+import pytest, torch
+from safetensors.torch import load_file
+from small import HERE, call, child_environment, few_texts, one_line, settings, with_tokenizer
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
+QUICK = dict(steps=20, save_every=4, sequence=256, batch_tokens=1024, accumulate=2)     # 2 micro-batches of 2 rows
+
+
+def under_torchrun(folder, *words, **environment):
+    "The training of `settings` in two processes"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py",
+               "train", "text", *words, "--out", folder]
+    return subprocess.run([str(w) for w in command], env=child_environment(**environment), capture_output=True, text=True, timeout=120)
+
+
+def in_one(folder):
+    "The same training in this process, to the end"
+    with pytest.MonkeyPatch.context() as m:
+        few_texts(m)
+        status, out, err = call("train", "text", *settings(**QUICK), "--out", folder)
+    assert (status, out) == (0, ""), err
+    return end_of(folder)
+
+
+def end_of(folder):
+    "(weights, [(step, loss)] of the log)"
+    with open(folder / "thinker" / "log.csv", newline="") as f: rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(f)]
+    return load_file(folder / "thinker" / "model.safetensors"), rows
+
+
+def close(a, b):
+    "Weights that differ by rounding only, and a log with each step once"
+    (wa, la), (wb, lb) = a, b
+    assert [s for s, _ in la] == [s for s, _ in lb] == list(range(20))
+    assert max(abs(x - y) for (_, x), (_, y) in zip(la, lb)) <= 1.01e-5        # the log has five digits
+    assert wa.keys() == wb.keys()
+    for k in wa: torch.testing.assert_close(wa[k], wb[k], atol=1e-4, rtol=1e-3)
+
+
+def step_of(folder): return torch.load(folder / "thinker" / "state.pt", weights_only=True)["progress"]["step"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "What one process makes of it"
+    return in_one(with_tokenizer(tmp_path_factory.mktemp("straight")))
+
+
+@pytest.fixture
+def folder(tmp_path): return with_tokenizer(tmp_path)
+
+
+def test_two_are_as_one(straight, folder):
+    r = under_torchrun(folder, *settings(**QUICK))
+    assert r.returncode == 0, r.stderr
+    assert r.stderr.count("text: done, in") == 1
+    close(straight, end_of(folder))
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGKILL, 8), (signal.SIGINT, 11)])
+def test_one_of_two_is_stopped(straight, folder, number, step):
+    "Process 1 ends before step 10, or is asked to; both end, nothing is lost, and one process goes on"
+    r = under_torchrun(folder, *settings(**QUICK), KILL_STEP=10, KILL_RANK=1, SIGNAL=int(number))
+    assert r.returncode != 0
+    assert not (folder / "thinker" / "model.safetensors").exists()
+    assert step_of(folder) == step
+    told = "goes on from the last saved state" if number == signal.SIGKILL else "the same command goes on from here"
+    assert sum(told in line for line in r.stderr.splitlines()) <= 1
+    close(straight, in_one(folder))
+
+
+def test_micro_batches_must_divide(monkeypatch, folder):
+    "Each process sees it for itself, before it asks the others"
+    from muomni.train import group, loop
+    monkeypatch.setattr(loop, "join_group", lambda: group.Group(1, 2))
+    few_texts(monkeypatch)
+    status, out, err = call("train", "text", *settings(**{**QUICK, "accumulate": 1}), "--out", folder)
+    one_line(status, out, err.splitlines()[1], 1, "training_params.accumulate is 1, but 2 processes", "set it to a multiple of 2")
+    assert not list((folder / "thinker").glob("state*"))
+
+
+@pytest.mark.parametrize("stage, way_out", [("all", "name one in place of `all`"), ("codec", "train it in one process")])
+def test_what_only_one_process_can(monkeypatch, tmp_path, stage, way_out):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = call("train", stage, "--out", tmp_path / "out")
+    one_line(status, out, err, 2, way_out)
+    assert not (tmp_path / "out").exists()
