@@ -154,12 +154,13 @@ def _board(args):
     return dict(tensorboard=True)
 
 # %% ../nbs/38_cli.ipynb #53aa6207
-def _train_stage(stage, config, out, more):
+def _train_stage(stage, config, out, more, apart=False):
     "One stage, unless it is done; refuses what does not belong together"
     from importlib import import_module
     part = out / ("thinker" if stage == "text" else stage)
     if _finished(part, config):
         return _note(f"{stage}: done already in {out}; delete {part} to train again")
+    if apart: return _train_apart(stage, config, out, more)
     tokenizer = out / "tokenizer.json"                # one that is there must fit
     if stage == "text" and tokenizer.exists():
         from muomni.train.text import stage_tokenizer
@@ -207,11 +208,8 @@ def run_train(
     configs, more = _train_configs(args), _board(args)
     name = next(iter(configs.values())).name.split("_")[-1]
     out = Path(args.out or f"checkpoints/{name}")
-    if len(configs) == 1: return _train_stage(*configs.popitem(), out, more)
     for stage, config in configs.items():
-        part = out / ("thinker" if stage == "text" else stage)
-        if _finished(part, config): _train_stage(stage, config, out, more)
-        else: _train_apart(stage, config, out, more)
+        _train_stage(stage, config, out, more, apart=len(configs) > 1)
 
 # %% ../nbs/38_cli.ipynb #a4a66fdc
 def _question(args):

@@ -251,6 +251,18 @@ def test_over_another_model(checkpoint, copy):
     refused(copy, 1, "muomni did not make", words=["train", "text", *settings(), "--out", copy])
 
 
+def test_weights_that_came_with_the_course(copy, monkeypatch):
+    "Without the note of a training a model is not the user's own work: it is trained; with it, it is done"
+    config, trained = dict(model_params={**SIZES, "context": 256}, training_params=dict(sequence=128)), []
+    (copy / "my.json").write_text(json.dumps(config))
+    edit_metadata(copy, config=config)
+    monkeypatch.setattr("muomni.train.text.train_text", lambda *a, **k: trained.append(a))
+    words = ["train", "text", "--config", copy / "my.json", "--out", copy]
+    assert call(*words)[0] == 0 and len(trained) == 1
+    assert (copy / "thinker" / "training.json").is_file()
+    assert "done already" in call(*words)[2] and len(trained) == 1
+
+
 def test_config_of_another_version(copy):
     "Settings that are new since then count as their defaults; settings that nobody knows any more are told"
     config = dict(model_params={**SIZES, "context": 256}, training_params=dict(sequence=128))

@@ -44,6 +44,18 @@ def test_wrong_use():
     one_line(*call("eval", "--dialogues", "0"), 2, "whole number")
 
 
+@pytest.mark.parametrize("ends, status, told", [(0, 0, ""), (130, 130, "the same command goes on from here"), (3, 1, "text: ended with status 3")])
+def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, status, told):
+    "In their order, with their share of the minutes; what ends one ends the command, and Ctrl-C is as it was"
+    started, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(subprocess, "run", lambda words: started.append(words) or subprocess.CompletedProcess(words, ends))
+    result = call("train", "all", "--minutes", "6", "--out", tmp_path)
+    assert result[:2] == (status, "") and told in result[2] and signal.getsignal(signal.SIGINT) is before
+    parsed = [cli.parser().parse_args(words[3:]) for words in started]
+    assert [a.stage for a in parsed] == (list(cli.ORDER) if ends == 0 else ["text"])
+    assert all(a.out == str(tmp_path) for a in parsed) and (ends or sum(a.minutes for a in parsed) == pytest.approx(6))
+
+
 # ---- --json: the result and nothing else
 
 def talk_by_the_way(monkeypatch, target):
