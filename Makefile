@@ -1,6 +1,8 @@
 # make help lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
+# minutes of training in `make omni`; empty: those of the preset
+MINUTES ?=
 SHELL  := /bin/bash
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -34,7 +36,7 @@ $(VENV)/.muomni-dev: settings.ini setup.py pyproject.toml
 comma := ,
 
 omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35 minutes), print its scorecard and a conversation
-	$(BIN)/muomni train all --preset nano --out checkpoints/nano
+	$(BIN)/muomni train all --preset nano --out checkpoints/nano $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/muomni eval
 	$(BIN)/muomni chat --text "hello."
 	$(BIN)/muomni chat --text "here is a plain picture with a small red star on the left and a big blue circle in the middle. what colour is the star?"

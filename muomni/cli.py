@@ -95,7 +95,7 @@ def _shared_minutes(configs, minutes):
 # %% ../nbs/38_cli.ipynb #f2f05ac5
 def _finished(part, config):
     "Was a model of this very config trained here? Refuses folders of other models"
-    from muomni.train.checkpoint import CheckpointError, find_checkpoint
+    from muomni.train.checkpoint import FREE, CheckpointError, find_checkpoint
     if not any((part / n).exists() for n in ("model.safetensors", "model_metadata.json")):
         return False
     try: metadata = find_checkpoint(part)[1]
@@ -103,8 +103,9 @@ def _finished(part, config):
         if (part / "training.json").exists(): return False
         raise Trouble(f"{part}: holds a model that muomni did not make; "
                       "choose another folder with --out") from None
-    _same_config(part, metadata.get("config"), config, free=())
-    return (part / "training.json").exists()             # else it came with the course
+    ours = (part / "training.json").exists()             # else it came with the course
+    _same_config(part, metadata.get("config"), config, free=() if ours else FREE)
+    return ours
 
 # %% ../nbs/38_cli.ipynb #7bbbd4a8
 def _same_config(part, known, config, free):

@@ -255,11 +255,13 @@ def test_weights_that_came_with_the_course(copy, monkeypatch):
     "Without the note of a training a model is not the user's own work: it is trained; with it, it is done"
     config, trained = dict(model_params={**SIZES, "context": 256}, training_params=dict(sequence=128)), []
     (copy / "my.json").write_text(json.dumps(config))
-    edit_metadata(copy, config=config)
+    longer = dict(config, training_params=dict(sequence=128, minutes=99))     # than we train: no reason to refuse
+    edit_metadata(copy, config=longer)
     monkeypatch.setattr("muomni.train.text.train_text", lambda *a, **k: trained.append(a))
     words = ["train", "text", "--config", copy / "my.json", "--out", copy]
     assert call(*words)[0] == 0 and len(trained) == 1
     assert (copy / "thinker" / "training.json").is_file()
+    edit_metadata(copy, config=config)
     assert "done already" in call(*words)[2] and len(trained) == 1
 
 

@@ -61,6 +61,9 @@ def chunked_cross_entropy(
                          f"{tuple(hidden.shape[:-1])}: one for each state")
     flat, keep = labels.flatten(), labels.flatten() != -100
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    if torch.compiler.is_compiling():             # it writes kernels of its own, and
+        total = F.cross_entropy(hidden @ head.t(), flat, reduction="sum")
+        return total / keep.sum().clamp(min=1)    # wants shapes that stay the same
     if not bool(keep.all()): hidden, flat = hidden[keep], flat[keep]
     real = len(flat)
     if real == 0: return hidden.sum() * 0         # nothing to learn, but still a graph
