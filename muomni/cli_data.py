@@ -23,12 +23,13 @@ def checked_data(
     args: argparse.Namespace,   # path, tokenizer
 ) -> dict:                      # the report of `check_data`
     "Check the data of a command, or one line about what is wrong"
-    from muomni.data.check import CheckError, check_data
+    from muomni.data.check import check_data
+    from muomni.data.rows import DataError
     from muomni.tokenizer import load_tokenizer
     try: tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     except (OSError, ValueError) as error: raise Trouble(str(error)) from None
     try: return check_data(args.path, tokenizer, step=_bar("check"))
-    except CheckError as error: raise Trouble(str(error)) from None
+    except DataError as error: raise Trouble(str(error)) from None
 
 # %% ../nbs/38c_cli_data.ipynb #aa3c2b5b
 def run_data_check(

@@ -95,9 +95,9 @@ def test_check_json_and_pages(pictures):
 def test_check_fails_for_one_bad_row(pictures):
     (pictures / "4.png").write_bytes(b"")
     status, out, err = call("data", "check", pictures)
-    assert status == 1 and err == "" and "list.csv row 5: " in out and "1 of 10 rows cannot be read" in out
+    assert status == 1 and err == "" and "list.csv row 6: " in out and "1 of 10 rows cannot be read" in out
     status, out, err = call("data", "check", pictures, "--json")
-    assert status == 1 and [r["row"] for r in read_json(out)["bad_rows"]] == [5]
+    assert status == 1 and [r["row"] for r in read_json(out)["bad_rows"]] == [6]
 
 
 def test_check_with_a_tokenizer(words):

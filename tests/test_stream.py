@@ -283,7 +283,7 @@ def sounds(folder, bad, rows):
 
 
 KINDS = dict(missing="no such file", cut="unreadable", noise="unreadable", empty="empty text", nul="holds a NUL byte", large="too long",
-             columns="wrong number of fields", many="wrong number of fields", bytes="not UTF-8", quote="not CSV", folder="no file", device="no file", name="empty wav")
+             columns="wrong number of fields", many="wrong number of fields", bytes="not UTF-8", quote="not CSV", folder="no file", device="outside", name="empty wav")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

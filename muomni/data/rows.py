@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_ROW', 'SPAN', 'Row', 'DataError', 'read_lines', 'read_csv', 'read_jsonl', 'load_json', 'read_items',
-           'row_source', 'BadRows', 'bad_summary', 'Tally']
+           'row_source', 'file_inside', 'BadRows', 'bad_summary', 'Tally']
 
 # %% ../../nbs/35r_rows.ipynb #c0003
 import csv
@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 
 # %% ../../nbs/35r_rows.ipynb #c0019
 class DataError(ValueError):
@@ -112,7 +112,7 @@ def _header(path, first):
     if reason: raise DataError(f"{path} line {number}: {reason}; the first line of a CSV "
                                "names its columns, as in: wav,text")
     if not all(names) or len(set(names)) < len(names):
-        raise DataError(f"{path} line {number}: columns {names[:9]}: each needs a name "
+        raise DataError(f"{path} line {number}: columns {str(names[:9])[:200]}: each needs a name "
                         "of its own, as in: wav,text")
     return names
 
@@ -202,6 +202,24 @@ def row_source(
         raise DataError(f"{path}: {why}")
     if ending == ".json": return partial(read_items, load_json(path))
     return partial(_READERS[ending], path)
+
+# %% ../../nbs/35r_rows.ipynb #eb6ba20b
+def file_inside(
+    folder: str | Path,   # where names begin
+    name: str,            # of a file, as a row has it
+) -> Path:                # of a file that is there
+    "The file that a row names; nothing outside of the folder is touched"
+    folder, windows = Path(folder).resolve(), PureWindowsPath(name)
+    away = windows.drive or ".." in windows.parts + PurePath(name).parts
+    if away or windows.root and not PurePath(name).is_relative_to(folder):
+        raise DataError(f"outside: {name!r:.60} leaves the folder {folder}")
+    try: path = (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):
+        raise DataError(f"no such file: {name!r:.60}") from None
+    if not path.is_relative_to(folder):
+        raise DataError(f"outside: {name!r:.60} is a link that leaves the folder")
+    if not path.is_file(): raise DataError(f"no file: {name!r:.60}")
+    return path
 
 # %% ../../nbs/35r_rows.ipynb #c0053
 def _own_file(owner):

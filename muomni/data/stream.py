@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 
 from ..audio import log_mel, read_audio
-from .rows import LONGEST_ROW, BadRows, DataError, Tally, row_source
+from .rows import LONGEST_ROW, BadRows, DataError, Tally, file_inside, row_source
 from ..image import pixels, read_image
 
 # %% ../../nbs/35n_stream.ipynb #c0020
@@ -233,9 +233,9 @@ def _check_stream(s):
     need(s.buffer >= 0, "buffer", "0 or more")
 
 # %% ../../nbs/35n_stream.ipynb #c0042
-TEXT_COLUMNS = ("text", "caption", "transcript", "sentence")
-SOUND_COLUMNS = ("wav", "audio", "sound", "path", "file")
-IMAGE_COLUMNS = ("image", "picture", "path", "file")
+TEXT_COLUMNS = ("text", "caption", "transcript", "transcription", "sentence", "label")
+SOUND_COLUMNS = ("wav", "audio", "sound", "speech", "path", "file")
+IMAGE_COLUMNS = ("image", "picture", "img", "photo", "path", "file")
 
 # %% ../../nbs/35n_stream.ipynb #c0043
 def text_of(
@@ -281,10 +281,7 @@ class LineStream(Stream):
 # %% ../../nbs/35n_stream.ipynb #c0052
 def _find(path, root, name):
     "The file that a row names, beside the file of the row or in `root`"
-    found = (Path(root) if root else Path(path).parent) / name
-    if not found.is_file():
-        raise DataError(f"{'no file' if found.exists() else 'no such file'}: {name}")
-    return found
+    return file_inside(root or Path(path).parent, name)
 
 def _need_table(value):
     if not isinstance(value, dict): raise DataError("wrong columns: a table is expected")
