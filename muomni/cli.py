@@ -24,7 +24,8 @@ class Misuse(Trouble):
     "A command used in a way that cannot work; told in one line, exit status 2"
 
 # %% ../nbs/38_cli.ipynb #ec7dd23c
-_TOLD = ("Trouble", "Misuse", "ConfigError", "CheckpointError", "ValueError")
+_TOLD = ("Trouble", "Misuse", "ConfigError", "CheckpointError", "DataError",
+         "ValueError")
 
 def _line(error, command="COMMAND"):
     "What went wrong, in one line"
@@ -77,9 +78,15 @@ def _train_configs(args):
     stages = list(ORDER) if args.stage == "all" else [args.stage]
     if len(stages) > 1 and (args.config or args.set):
         raise Misuse("--config and --set change one stage: name it in place of `all`")
+    own = json.dumps(str(args.data)) if args.data else None
+    if own and args.stage not in ("text", "audio", "vision", "codec"):
+        raise Misuse("--data is for text, audio, vision or codec: name one of them")
+    if own:
+        from muomni.data.check import data_files
+        data_files(args.data)                          # or one line that says why not
     found = {s: load_config(args.config or f"{ORDER[s]}_{args.preset}", ORDER[s])
              for s in stages}
-    extra = {s: list(args.set) for s in stages}
+    extra = {s: list(args.set) + [f"data_params.files={own}"] * bool(own) for s in stages}
     if args.minutes is not None:
         for s, minutes in _shared_minutes(found, args.minutes).items():
             extra[s].append(f"training_params.minutes={minutes}")
@@ -521,6 +528,7 @@ def _add_train(sub):
         "train a stage, or all of them; goes on where it stopped",
         "muomni train all", "muomni train all --minutes 10 --out checkpoints/quick",
         "muomni train text --set training_params.lr=0.01 --out checkpoints/mine",
+        "muomni train audio --data clips.csv --out checkpoints/mine",
         "torchrun --standalone --nproc-per-node 2 --no-python muomni train text "
         "--set training_params.accumulate=2   (two processes; a multiple of their number)")
     p.add_argument("stage", choices=[*ORDER, "all"],
@@ -532,6 +540,9 @@ def _add_train(sub):
     p.add_argument("--config", metavar="FILE", help="a JSON config in place of the preset's")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                    help="replace a value of the config; may be repeated")
+    p.add_argument("--data", metavar="PATH",
+                   help="your own text, sounds or pictures: a file or a folder that "
+                   "`muomni data check` likes (text, audio, vision, codec)")
     p.add_argument("--minutes", type=float, help="budget of training time; 0 = no limit")
     p.add_argument("--out", metavar="DIR",
                    help="where checkpoints go (default: checkpoints/PRESET)")

@@ -306,6 +306,7 @@ class DataConfig:
     most_turns: int = 8           # longest dialogue in training, in turns
     valid_tokens: int = 40000     # tokens of real English in a validation
     valid_dialogues: int = 200    # dialogues answered in a validation
+    files: str = ""               # your own text, in place of the English; see 35t
 
     def __post_init__(self):
         _check_types(self, "data_params")
@@ -323,6 +324,7 @@ class SpeechConfig:
     everyday: float = 0.25      # share of everyday sentences; the rest is documentation
     augment: float = 0.7        # share of the sounds that are changed, 0 to 1
     valid_sentences: int = 200  # sentences in a validation
+    files: str = ""             # your own sounds, in place of all sentences; see 35t
 
     def __post_init__(self):
         _check_types(self, "data_params")
@@ -340,6 +342,7 @@ class PictureConfig:
     nouns: float = 0.15          # share of emoji among the pictures, 0 to 1
     captions: str = "thinker"    # who reads them: the trained "thinker", or "simple"
     valid_pictures: int = 200    # pictures in a validation
+    files: str = ""              # your own pictures, in place of scenes; see 35t
 
     def __post_init__(self):
         _check_types(self, "data_params")
@@ -387,6 +390,9 @@ class Config:
     stage: str = "thinker"  # key of STAGES: decides the classes of the first and the third
 
     def __post_init__(self):
+        own = getattr(self.data_params, "files", "")
+        _need(not own or self.stage != "talker", "data_params", "files", own,
+              '"": the Talker learns the sentences that are made here')
         if not isinstance(self.model_params, ThinkerConfig): return
         row, most = self.training_params.sequence, self.model_params.context
         _need(row <= most, "training_params", "sequence", row,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PICTURES', 'SIDES', 'roles_of', 'open_rows', 'told_rows', 'data_files', 'ctc_frames', 'sound_frames',
-           'Limits', 'measure_row', 'hash_side', 'findings', 'check_data', 'report_text', 'report_html', 'write_report']
+           'Limits', 'measure_row', 'hash_side', 'named_sides', 'findings', 'check_data', 'report_text', 'report_html',
+           'write_report']
 
 # %% ../../nbs/35p_check.ipynb #d923d16d
 import hashlib
@@ -198,8 +199,10 @@ def hash_side(
 
 _SIDE = re.compile(r"(?:^|[_.-])(train|valid|val|dev|test)$", re.I)
 
-def _named_sides(files):
-    "{file: side} where the names of the files divide them, else {}."
+def named_sides(
+    files: list,   # paths
+) -> dict:         # {path: "train", "valid" or "test"}, or {}
+    "The side of each file, where the names of all of them say it"
     found = {p: _SIDE.search(p.stem) for p in files}
     if len(files) < 2 or not all(found.values()): return {}
     other = {"val": "valid", "dev": "valid"}
@@ -343,7 +346,7 @@ def check_data(
 ) -> dict:                      # the report, ready for JSON
     "Read every row of a data set as a training would, and tell all about it."
     files = data_files(path)
-    sides, kinds, tally, cache = _named_sides(files), set(), _Tally(most_named), {}
+    sides, kinds, tally, cache = named_sides(files), set(), _Tally(most_named), {}
     folder = files[0].parent.resolve()
     for file in files:
         try: _check_file(file, folder, kinds, sides.get(file), tally, tokenizer, limits,

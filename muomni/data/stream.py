@@ -175,6 +175,20 @@ class _Walker(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return _walk(self, epoch, skip, worker, workers)
 
+    def order(self,
+        epoch: int,     # 0, 1, 2, ...
+        tally: Tally,   # counts what is read
+    ) -> Iterator:      # rows that `sample` can load
+        "The good rows of an epoch in its order, before anything is loaded"
+        return shuffled(_rows(self, tally, 0, 1), self.buffer, self.seed, epoch)
+
+    def sample(self,
+        row,            # from `order`
+        tally: Tally,   # counts what is loaded
+    ):                  # None if it cannot be loaded; then it is named
+        "The sample of a row"
+        return _load(self, row, tally)
+
 # %% ../../nbs/35n_stream.ipynb #c0039
 class Stream(_Walker):
     "Samples out of files, in an order that can be found again"

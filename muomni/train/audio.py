@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SYMBOLS', 'SPELL', 'STEP', 'hearing_corpora', 'collapse', 'frames_needed', 'spelled', 'states_needed', 'fitting',
            'ctc_loss', 'Hearer', 'greedy', 'SoundBatch', 'stack_waves', 'edits', 'plain', 'word_errors',
-           'letter_errors', 'by_length', 'SoundBatches', 'token_reader', 'hear', 'silence', 'hearing_figures',
-           'hearing_loss', 'hearing_task', 'train_audio', 'load_hearer', 'beam_search', 'ngram_scorer', 'letter_reader',
-           'letter_language', 'scored_sounds', 'hearing_scores']
+           'letter_errors', 'by_length', 'SoundBatches', 'HeardStream', 'own_sounds', 'token_reader', 'hear', 'silence',
+           'hearing_figures', 'hearing_loss', 'hearing_task', 'train_audio', 'load_hearer', 'beam_search',
+           'ngram_scorer', 'letter_reader', 'letter_language', 'scored_sounds', 'hearing_scores']
 
 # %% ../../nbs/28_hearing.ipynb #e27512c5
 import itertools
@@ -15,7 +15,8 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from ..audio import HOP, log_mel
 from ..audio_encoder import AudioEncoderTiny
 from ..config import AudioEncoderConfig, Config, SpeechConfig, load_config
+from ..data.batches import StreamBatches, own_fingerprint, own_streams
 from ..data.corpus import SpeechCorpus, corpus_items, speech_corpus
+from ..data.rows import DataError
 from ..data.sentences import sentence, speech_item
 from ..data.sounds import augment
+from ..data.stream import SoundStream
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import digest, folder_lock, load_part, save_model
@@ -244,6 +248,14 @@ def by_length(
     order, cuts = np.argsort(frames, kind="stable"), _cuts(np.sort(frames), room)
     return [order[a:b].tolist() for a, b in zip(cuts, cuts[1:])]
 
+# %% ../../nbs/28_hearing.ipynb #asheard1
+def _as_heard(wave, need, share, key):
+    "The wave, or in a share of the cases a changed one that still fits its text"
+    dice = np.random.default_rng(key)
+    if dice.random() >= share: return wave
+    other = augment(wave, int(dice.integers(1 << 40)))
+    return other if need <= -(-(len(other) // HOP + 1) // 8) else wave
+
 # %% ../../nbs/28_hearing.ipynb #2ef5adb2
 class SoundBatches:
     "Batches of like length from a corpus; batch n is a pure function of n"
@@ -286,10 +298,57 @@ class SoundBatches:
     def _wave(self, i, epoch):
         "Sound i as this epoch hears it"
         wave = self.corpus[i][0]
-        dice = np.random.default_rng([self.seed, epoch, i])
-        if dice.random() >= self.share: return wave
-        other = augment(wave, int(dice.integers(1 << 40)))
-        return other if self.need[i] <= -(-(len(other) // HOP + 1) // 8) else wave
+        return _as_heard(wave, self.need[i], self.share, [self.seed, epoch, i])
+
+# %% ../../nbs/28_hearing.ipynb #12edb156
+class HeardStream(SoundStream):
+    "Sounds with what was said in them, as CTC can learn from"
+    def __init__(self,
+        paths,                   # file or files, see SoundStream
+        tokenizer: Tokenizer,    # turns text into ids
+        frames: int,             # longest sound, mel frames
+        **how,                   # see Stream
+    ):
+        self.tokenizer, self.frames = tokenizer, frames
+        super().__init__(paths, ("audio", "text"), **how)
+
+    def load(self,
+        path: Path,  # of the table
+        name: str,   # from the row
+        text: str,   # from the row
+    ):               # wave, text, ids, letters
+        "The sample, if it fits"
+        wave, text = super().load(path, name, text)
+        ids, letters = self.tokenizer.encode(text), spelled(text)
+        frames, need = len(wave) // HOP + 1, states_needed([ids], [letters])[0]
+        if need > -(-frames // 8):
+            raise DataError(f"does not fit: the text takes {need} states of 80 ms, the "
+                            f"sound has {-(-frames // 8)}")
+        if frames > self.frames:
+            raise DataError(f"longer than training_params.sequence: {frames} frames")
+        return wave, text, ids, letters
+
+# %% ../../nbs/28_hearing.ipynb #2e4fe62d
+def own_sounds(
+    config: Config,          # data_params.files says where
+    tokenizer: Tokenizer,    # turns text into ids
+    bad: Path,               # file that keeps the bad rows
+) -> tuple[StreamBatches, list, dict]:   # batches; held-out (wave, text); fingerprint
+    "Your own recordings, for the loop"
+    t, d = config.training_params, config.data_params
+    streams = own_streams(d.files, partial(HeardStream, tokenizer=tokenizer,
+                                           frames=t.sequence), bad, seed=t.seed)
+    held = [sample[:2] for sample in islice(streams["valid"], d.valid_sentences)]
+    if not held: raise DataError(f"{d.files}: no sound for validation")
+
+    def collate(samples, n):
+        waves = [_as_heard(wave, states_needed([ids], [letters])[0], d.augment,
+                           [t.seed, n, i])
+                 for i, (wave, _, ids, letters) in enumerate(samples)]
+        return SoundBatch(*stack_waves(waves, STEP), [s[2] for s in samples],
+                          [s[3] for s in samples])
+    size = max(1, t.batch_tokens // t.accumulate // t.sequence)
+    return StreamBatches(streams["train"], size, collate), held, own_fingerprint(streams)
 
 # %% ../../nbs/28_hearing.ipynb #3c554d54
 def token_reader(
@@ -330,16 +389,18 @@ def silence(
 def hearing_figures(
     hearer: Hearer,                      # to be judged, in eval mode
     tokenizer: Tokenizer,                # of this model
-    corpora: dict[str, SpeechCorpus],    # "known" and "unseen" voices
+    corpora: dict[str, SpeechCorpus],    # "known" and, where there are, "unseen" voices
 ) -> dict:                               # wer, cer, wer_unseen, wer_silence
     "Errors on held-out sentences; and what it makes of silence"
     def heard(waves): return hear(hearer, tokenizer, waves)
-    known, unseen = (list(corpora[k]) for k in ("known", "unseen"))
+    known, unseen = list(corpora["known"]), list(corpora.get("unseen", ()))
     texts, given = [t for _, t in known], heard([w for w, _ in known])
-    other, hush = heard([w for w, _ in unseen]), heard(silence(known))
+    hush = heard(silence(known))
     pairs = dict(wer=word_errors(given, texts), cer=letter_errors(given, texts),
-                 wer_unseen=word_errors(other, [t for _, t in unseen]),
                  wer_silence=word_errors(hush, texts[:len(hush)]))
+    if unseen:
+        other = heard([w for w, _ in unseen])
+        pairs["wer_unseen"] = word_errors(other, [t for _, t in unseen])
     return {name: wrong / size for name, (wrong, size) in pairs.items()}
 
 # %% ../../nbs/28_hearing.ipynb #670fabe0
@@ -360,12 +421,23 @@ def hearing_task(
     tokenizer: Tokenizer,                # of this model
     hearer: Hearer,                      # to be trained
     corpora: dict[str, SpeechCorpus],    # "train", and to validate "known", "unseen"
+    batches=None,                        # your own sounds, in place of "train"
 ) -> Task:                               # what the loop wants to know of a stage
     "Stage B in the loop's words"
-    batches = SoundBatches(tokenizer, corpora["train"], config)
+    batches = batches or SoundBatches(tokenizer, corpora["train"], config)
     def weight(b): return sum(map(len, b.targets))
     def validate(m): return hearing_figures(m, tokenizer, corpora)
-    return Task(hearer, Ahead(batches.batch).batch, hearing_loss, weight, validate)
+    return Task(hearer, Ahead(batches.batch).batch, hearing_loss, weight, validate, "-wer")
+
+# %% ../../nbs/28_hearing.ipynb #learned1
+def _learned_from(config, tokenizer, folder, bar):
+    "(batches or None, corpora, names or fingerprints for the metadata)"
+    if config.data_params.files:
+        bad = folder / "bad_rows.jsonl"
+        batches, held, data = own_sounds(config, tokenizer, bad)
+        return batches, dict(known=held), data
+    corpora = hearing_corpora(config, bar)
+    return None, corpora, {name: c.folder.name for name, c in corpora.items()}
 
 # %% ../../nbs/28_hearing.ipynb #5681e682
 def train_audio(
@@ -378,16 +450,15 @@ def train_audio(
     folder = Path(out) / "audio"
     with folder_lock(folder):
         with one_first(join_group()): tokenizer = _tokenizer(Path(out) / "tokenizer.json")
-        corpora = hearing_corpora(config, bar)
+        batches, corpora, data = _learned_from(config, tokenizer, folder, bar)
         torch.manual_seed(config.training_params.seed)
         hearer = Hearer(config.model_params, len(tokenizer))
-        task = hearing_task(config, tokenizer, hearer, corpora)
+        task = hearing_task(config, tokenizer, hearer, corpora, batches)
         run = fit(task, config.training_params, folder, bar, tensorboard)
         figures = run.figures[-1][1] if run.figures else task.validate(hearer.eval())
         save_model(folder, hearer.eval(), run_metadata(
             "audio", config, run, tokens=len(tokenizer), figures=figures,
-            tokenizer=digest(Path(out) / "tokenizer.json"),
-            data={name: c.folder.name for name, c in corpora.items()}))
+            tokenizer=digest(Path(out) / "tokenizer.json"), data=data))
     return hearer
 
 # %% ../../nbs/28_hearing.ipynb #3ad00425

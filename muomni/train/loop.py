@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
 from .checkpoint import (
-    FREE, CheckpointError, first_change, load_state, save_state, write_whole)
+    FREE, CheckpointError, first_change, load_state, save_model, save_state, write_whole)
 from .group import Group, join_group
 from .optim import choose_precision, make_optimizer, schedule, set_lr
 
@@ -39,6 +39,7 @@ class Task:
     loss: Callable[[nn.Module, object], Tensor]    # mean loss of a batch (nats)
     weight: Callable[[object], int]                # tokens of a batch that carry loss
     validate: Callable[[nn.Module], dict] | None = None   # figures on held-out data
+    judge: str = ""    # the figure that tells the best weights; "-wer": less is better
 
 # %% ../../nbs/26_loop.ipynb #5e8f0e91
 def train_step(
@@ -356,7 +357,19 @@ def _validate(run):
         with keep_random(), torch.no_grad(): figures = run.task.validate(run.task.model)
     finally: run.task.model.train()
     run.figures.append((run.progress["step"], figures))
+    _keep_best(run, figures)
     return " ".join(f"{k}={v:.4g}" for k, v in figures.items())
+
+# %% ../../nbs/26_loop.ipynb #f832aa77
+def _keep_best(run, figures):
+    "Weights that are better than all before, by the figure that the stage names"
+    p, name = run.progress, run.task.judge.lstrip("-")
+    if not name: return
+    value = -figures[name] if run.task.judge.startswith("-") else figures[name]
+    if not value > p.get("best", -math.inf): return      # nan is not better
+    p["best"] = value
+    save_model(run.folder / "best", run.task.model,
+               dict(step=p["step"], judge=run.task.judge, figures=figures))
 
 # %% ../../nbs/26_loop.ipynb #03832d01
 class BoardLog:

@@ -449,7 +449,7 @@ def omni_task(
                  for name, asked in exams.items()}
         bits = english_bits(m.thinker, tokenizer, held, row, row)
         return found | dict(bits_per_byte=bits)
-    return Task(model, Ahead(batches.batch).batch, loss, weight, validate)
+    return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "both")
 
 # %% ../../nbs/31_all_at_once.ipynb #96880167
 def _exams(tokenizer, n, places, heard):

@@ -279,7 +279,8 @@ def talker_task(
     talker.pace.fill_(batches.pace)
     def weight(b): return int(b.lengths.sum())
     def validate(m): return talker_figures(m, speaker, valid)
-    return Task(talker, Ahead(batches.batch).batch, talker_loss, weight, validate)
+    return Task(talker, Ahead(batches.batch).batch, talker_loss, weight, validate,
+                "-base")
 
 # %% ../../nbs/30_speaking.ipynb #ae4a3b50
 def _fits_codec(config, codec):

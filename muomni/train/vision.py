@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['SEEN_STYLES', 'EDGE', 'WORDS', 'contrastive_loss', 'ThinkerReader', 'pad_rows', 'BagReader', 'caption_words',
-           'WordHead', 'word_directions', 'names', 'noun_view', 'Lesson', 'named', 'PictureBatch', 'PictureBatches',
-           'Seer', 'seeing_loss', 'retrieval', 'word_vectors', 'look', 'read_cells', 'seeing_figures', 'cell_probe',
-           'naming', 'text_reader', 'new_parts', 'vision_task', 'as_loud_as_words', 'train_vision', 'load_seer',
-           'seeing_scores', 'name_scores']
+           'WordHead', 'word_directions', 'names', 'noun_view', 'Lesson', 'named', 'PictureBatch', 'picture_batch',
+           'PictureBatches', 'Seer', 'seeing_loss', 'retrieval', 'word_vectors', 'look', 'read_cells', 'seeing_figures',
+           'cell_probe', 'naming', 'text_reader', 'new_parts', 'own_pictures', 'pair_figures', 'vision_task',
+           'as_loud_as_words', 'train_vision', 'load_seer', 'seeing_scores', 'name_scores']
 
 # %% ../../nbs/29_seeing.ipynb #6612a407
 import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 
 # %% ../../nbs/29_seeing.ipynb #1c8e539a
 from ..config import Config, VisionConfig
+from ..data.batches import StreamBatches, own_fingerprint, own_streams
+from ..data.rows import DataError
 from ..data.scenes import (
     Scene, caption, draw, is_held_out, make_scene, noun_picture, nouns)
+from ..data.stream import PictureStream, Stream
 from ..data.words import COLOURS, SHAPES, SIZES, article
 from ..image import pixels
 from ..thinker import ThinkerLM
@@ -111,10 +115,11 @@ class BagReader:
 def caption_words(
     tokenizer: Tokenizer,      # turns captions into ids
     extra: tuple = (),         # more sentences whose words count
-    count: int = 3000,         # training captions to look at
+    captions: tuple = (),      # of the pictures; none: 3000 of the scenes
 ) -> tuple[list[int], list[float]]:   # ids of the tokens, share of captions with each
     "The tokens that tell pictures apart"
-    ids = tokenizer.encode_many([caption(make_scene(i)) for i in range(count)])
+    captions = list(captions) or [caption(make_scene(i)) for i in range(3000)]
+    ids, count = tokenizer.encode_many(captions), len(captions)
     found = Counter(i for row in ids for i in set(row))
     for row in tokenizer.encode_many(list(extra)): found.update(set(row) - found.keys())
     kept = {i: n / count for i, n in sorted(found.items())
@@ -205,6 +210,18 @@ class PictureBatch:
     sentences: Tensor   # (B / 2, ...) as the reader gives them
     present: Tensor     # (B, W) bool, which words are in the sentence
 
+# %% ../../nbs/29_seeing.ipynb #picbatch
+def picture_batch(
+    reader,              # of the sentences
+    ids: Tensor,         # (W,) the words to ask for
+    pairs: list,         # (pixels (3, side, side), sentence) each
+) -> PictureBatch:
+    "Pictures side by side, with what is said about them"
+    texts = [text for _, text in pairs]
+    tokens, _ = pad_rows(reader.tokenizer.encode_many(texts))
+    return PictureBatch(torch.stack([x for x, _ in pairs]), reader(texts[::2]),
+                        (tokens[:, :, None] == ids).any(1))
+
 # %% ../../nbs/29_seeing.ipynb #bcb0cbe6
 class PictureBatches:
     "Batches of emoji and of fresh scenes; batch n is a pure function of n"
@@ -237,11 +254,8 @@ class PictureBatches:
     ) -> PictureBatch:
         "The pictures and texts of micro-batch n"
         lessons = self.lessons(n)
-        texts = [lesson.sentence for lesson in lessons]
-        ids, _ = pad_rows(self.reader.tokenizer.encode_many(texts))
-        return PictureBatch(
-            torch.stack([pixels(lesson.image, self.side) for lesson in lessons]),
-            self.reader(texts[::2]), (ids[:, :, None] == self.ids).any(1))
+        return picture_batch(self.reader, self.ids, [
+            (pixels(lesson.image, self.side), lesson.sentence) for lesson in lessons])
 
 # %% ../../nbs/29_seeing.ipynb #21504aaa
 EDGE = 3      # places along an edge of the picture, as in the little world
@@ -323,13 +337,14 @@ def word_vectors(
 @torch.no_grad()
 def look(
     seer: Seer,                   # in eval mode
-    images: list[Image.Image],    # pictures of any size
+    images: list,                 # pictures of any size, or pixels (3, side, side)
     rows: int = 64,               # seen together
 ) -> tuple[Tensor, Tensor]:       # (N, Dv) class, (N, 9, D) places
     "See many pictures"
     side, found = seer.encoder.config.side, []
     for at in range(0, len(images), rows):
-        x = torch.stack([pixels(image, side) for image in images[at:at + rows]])
+        x = torch.stack([image if isinstance(image, Tensor) else pixels(image, side)
+                         for image in images[at:at + rows]])
         found.append(seer(x))
     return tuple(torch.cat(part) for part in zip(*found))
 
@@ -432,28 +447,68 @@ def text_reader(
 def new_parts(
     config: Config,       # sizes
     reader,               # of the captions
+    own: list[str] = (),  # your own captions
 ) -> nn.ModuleDict:       # "seer" and "words", not trained
     "A model that fits the reader, and the head that trains it"
     torch.manual_seed(config.training_params.seed)
     bag, width = isinstance(reader, BagReader), reader.words.shape[1]
-    extra = [named(n) for n in names("train")] if config.data_params.nouns else []
-    head = WordHead(reader.words, *caption_words(reader.tokenizer, extra))
+    drawn = config.data_params.nouns and not own
+    extra = [named(n) for n in names("train")] if drawn else ()
+    head = WordHead(reader.words, *caption_words(reader.tokenizer, extra, own))
     seer = Seer(config.model_params, width, len(reader.tokenizer) if bag else 0)
     seer.to_words.bias.data.copy_(head.mean)      # begin with what all words share
     return nn.ModuleDict(dict(seer=seer, words=head))
+
+# %% ../../nbs/29_seeing.ipynb #ownpics1
+def own_pictures(
+    config: Config,        # data_params.files says where; "" = nowhere
+    folder: Path,          # of the stage; keeps the names of bad rows
+) -> dict[str, Stream]:    # "train", "valid"; or empty
+    "Streams of (pixels, caption)"
+    path, seed = config.data_params.files, config.training_params.seed
+    if not path: return {}
+    make = partial(PictureStream, side=config.model_params.side)
+    return own_streams(path, make, folder / "bad_rows.jsonl", seed=seed)
+
+# %% ../../nbs/29_seeing.ipynb #ownpics2
+@torch.no_grad()
+def pair_figures(
+    seer: Seer,     # to be judged, in eval mode
+    reader,         # of its texts
+    pairs: list,    # held-out (pixels, caption)
+) -> dict:          # r1, r5
+    "Retrieval: which caption belongs to this picture?"
+    one, _ = look(seer, [x for x, _ in pairs])
+    said = seer.read(reader([text for _, text in pairs]))
+    return dict(zip(("r1", "r5"), retrieval(one @ said.T)))
+
+# %% ../../nbs/29_seeing.ipynb #ownpics3
+def _own_task(config, reader, parts, own):
+    "Your own pictures in the loop's words"
+    t, d = config.training_params, config.data_params
+    held = list(islice(own["valid"], d.valid_pictures))
+    if not held: raise DataError(f"{d.files}: no picture for validation")
+    ids = torch.tensor(parts["words"].ids)
+    def collate(samples, n): return picture_batch(reader, ids, samples)
+    batches = StreamBatches(own["train"], t.batch_tokens // t.accumulate, collate)
+    def weight(b): return len(b.pixels)
+    def validate(m): return pair_figures(m["seer"], reader, held)
+    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
 
 # %% ../../nbs/29_seeing.ipynb #d26462d6
 def vision_task(
     config: Config,          # sizes, training, data
     reader,                  # of the captions
     parts: nn.ModuleDict,    # to be trained, from `new_parts`
+    own: dict | None = None,  # your own pictures: streams "train" and "valid"
 ) -> Task:                   # what the loop wants to know of a stage
     "Stage C in the loop's words"
+    if own: return _own_task(config, reader, parts, own)
     held = [make_scene(i, "valid") for i in range(config.data_params.valid_pictures)]
     batches = PictureBatches(reader, config, parts["words"].ids)
     def weight(b): return len(b.pixels)
     def validate(m): return seeing_figures(m["seer"], reader, held)
-    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate)
+    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
 
 # %% ../../nbs/29_seeing.ipynb #04089886
 @torch.no_grad()
@@ -461,10 +516,11 @@ def as_loud_as_words(
     seer: Seer,        # its way to the words is scaled
     head: WordHead,    # knows what the words share
     words: Tensor,     # (W, D) vectors of the words
-    count: int = 64,   # training scenes to measure with
+    images: list = (),  # training pictures to measure with; none: 64 scenes
 ):
     "Scale what a place adds to the mean word to the size of what a word adds"
-    images = [draw(make_scene(i), seer.encoder.config.side) for i in range(count)]
+    side = seer.encoder.config.side
+    images = images or [draw(make_scene(i), side) for i in range(64)]
     adds = (look(seer, images)[1] - head.mean).norm(dim=-1).mean()
     gain = (words - head.mean).norm(dim=-1).mean() / adds
     layer = seer.to_words
@@ -483,21 +539,23 @@ def train_vision(
     with folder_lock(folder):
         precision = choose_precision(config.training_params.precision)
         reader = text_reader(config, out, precision)
-        parts = new_parts(config, reader)
-        task = vision_task(config, reader, parts)
+        own = own_pictures(config, folder)
+        some = list(islice(own["train"], 1000)) if own else []
+        parts = new_parts(config, reader, [text for _, text in some])
+        task = vision_task(config, reader, parts, own)
         run = fit(task, config.training_params, folder, bar, tensorboard)
         seer, head = parts.eval()["seer"], parts["words"]
-        as_loud_as_words(seer, head, reader.words[head.ids])
+        as_loud_as_words(seer, head, reader.words[head.ids], [x for x, _ in some[:64]])
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
         save_model(folder, seer, run_metadata(
-            "vision", config, run, tokens=tokens,
+            "vision", config, run, tokens=tokens, data=own_fingerprint(own),
             text_width=seer.to_words.out_features))
     return seer
 
 # %% ../../nbs/29_seeing.ipynb #513da487
 def _with_drawings(config):
     "Without the drawings of the nouns: scenes only, and one line that says so"
-    if not config.data_params.nouns: return config
+    if not config.data_params.nouns or config.data_params.files: return config
     try: noun_picture(nouns()[0], 16)
     except ImportError as error:
         print(f"note: no pictures with names: {error}", file=sys.stderr)
