@@ -137,6 +137,7 @@ class TrainConfig:
     max_norm: float = 10_000.0  # norm before clipping at which a step is left out
     precision: str = "auto"    # "auto" (probed), "float32", "bfloat16"
     compile: bool = False      # torch.compile the model
+    shard: bool = False        # under torchrun: each process keeps a slice of each block
     seed: int = 0              # of weights and of the data's order
     save_every: int = 200      # steps between checkpoints
     validate_every: int = 200  # steps between validations

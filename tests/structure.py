@@ -42,6 +42,8 @@ SAME_FLOOR = {
     "cli": "cli_senses cli_data",
     "cli_senses": "cli",
     "cli_data": "cli",
+    "train.checkpoint": "train.group",
+    "train.optim": "train.group",
     "train.loop": "train.optim train.checkpoint train.group",
     "train.text": "train.loop train.optim train.checkpoint train.group",
     "train.audio": "train.loop train.checkpoint train.text train.group",

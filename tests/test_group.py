@@ -59,6 +59,38 @@ def test_two_are_as_one(straight, folder):
     close(straight, end_of(folder))
 
 
+def test_blocks_in_slices(straight, folder):
+    "FSDP2: the blocks are spread over both; what is saved is whole, and either kind of training goes on from it"
+    sharded = settings(**QUICK, shard="true", validate_every=5)
+    r = under_torchrun(folder, *sharded, KILL_STEP=10, KILL_RANK=0, SIGNAL=int(signal.SIGINT))
+    assert r.returncode != 0 and step_of(folder) == 11, r.stderr
+    state = torch.load(folder / "thinker" / "state.pt", weights_only=True)
+    assert not any(hasattr(v, "full_tensor") for v in state["model"].values())
+    r = under_torchrun(folder, *sharded)
+    assert r.returncode == 0, r.stderr
+    close(straight, end_of(folder))
+
+
+def test_slices_then_one(straight, folder):
+    r = under_torchrun(folder, *settings(**QUICK, shard="true"), KILL_STEP=10, KILL_RANK=1, SIGNAL=int(signal.SIGKILL))
+    assert r.returncode != 0 and step_of(folder) == 8
+    close(straight, in_one(folder))
+
+
+def test_a_process_holds_half_of_each_block(tmp_path):
+    "Not only the result is right: less is held"
+    code = ("import os, torch.distributed as dist; from muomni.config import ThinkerConfig; from muomni.thinker import ThinkerLM\n"
+            "from muomni.train.group import join_group, shard\n"
+            "join_group(); model = ThinkerLM(ThinkerConfig(vocab_size=400, width=32, layers=2, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=64))\n"
+            "before = sum(p.numel() for p in model.blocks.parameters()); shard(model)\n"
+            "held = sum(p.to_local().numel() for p in model.blocks.parameters())\n"
+            "assert held * 2 == before, (held, before); dist.destroy_process_group()")
+    (tmp_path / "half.py").write_text(code)
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "half.py")],
+                       env=child_environment(), capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr
+
+
 @pytest.mark.parametrize("number, step", [(signal.SIGKILL, 8), (signal.SIGINT, 11)])
 def test_one_of_two_is_stopped(straight, folder, number, step):
     "Process 1 ends before step 10, or is asked to; both end, nothing is lost, and one process goes on"

@@ -28,6 +28,7 @@ from safetensors.torch import load, save
 from torch import nn
 from .. import __version__
 from ..config import ConfigError, config_from_dict
+from .group import cut_like, whole
 
 # %% ../../nbs/39_checkpoint.ipynb #f9d00b8e
 class CheckpointError(RuntimeError):
@@ -136,10 +137,11 @@ def save_model(
     dtype: torch.dtype | None = None,  # of the saved weights; None = as they are
 ):
     "Weights, and what is known about them"
+    state = whole(model.state_dict())       # of all processes, if each has a slice
     if not _is_first(): return
     def kept(v): return dtype if dtype and v.is_floating_point() else v.dtype
     weights = {k: v.detach().to(kept(v)).cpu().contiguous().clone()
-               for k, v in model.state_dict().items()}      # clone: tied weights twice
+               for k, v in state.items()}           # clone: tied weights twice
     data = save(weights)
     metadata = {**metadata, "sha256": hashlib.sha256(data).hexdigest(),
                 **made_with()}
@@ -271,8 +273,9 @@ def save_state(
 ):
     "Model, optimizer and progress in one file with its digest; the one before is kept"
     path, buffer = Path(path), io.BytesIO()
-    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+    state = dict(model=whole(model.state_dict()), optimizer=whole(optimizer.state_dict()),
                  progress=progress, random=torch.get_rng_state())
+    if not _is_first(): return
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     torch.save(state, buffer)
     if not path.parent.is_dir():       # made anew it would have no lock and no log
@@ -325,7 +328,8 @@ def _take_up(path, state, model, optimizer):
     "Check all that a state holds, then put it to use"
     _check_fit(path, model.state_dict(), state["model"])
     _take_memories(path, state["optimizer"], optimizer)
-    model.load_state_dict(state["model"])
+    own = model.state_dict()
+    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -334,12 +338,13 @@ def _take_up(path, state, model, optimizer):
 # %% ../../nbs/39_checkpoint.ipynb #3b198c2f
 def _take_memories(path, state, optimizer):
     "Memories of the shapes of their parameters, or of no shape; other groups are refused"
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
     for i, memories in state["state"].items():
         for name, m in memories.items():
-            if torch.is_tensor(m) and m.dim() and m.shape != shapes[i]:
+            if torch.is_tensor(m) and m.dim() and m.shape != own[i].shape:
                 raise CheckpointError(f"{path}: does not fit this optimizer: {name} of "
-                    f"parameter {i} is {tuple(m.shape)}, expected {tuple(shapes[i])}")
+                    f"parameter {i} is {tuple(m.shape)}, expected {tuple(own[i].shape)}")
+            memories[name] = cut_like(m, own[i])
     optimizer.load_state_dict(state)
 
 # %% ../../nbs/39_checkpoint.ipynb #dfdaf7cd
@@ -362,7 +367,7 @@ def load_checkpoint(
 
 # %% ../../nbs/39_checkpoint.ipynb #e0425b93
 FREE = ("minutes", "save_every", "validate_every", "compile", "valid_tokens",
-        "valid_dialogues", "max_norm")   # what a training under way may change
+        "valid_dialogues", "max_norm", "shard")   # what a training under way may change
 
 def first_change(
     old: dict,   # settings of the first start, as they are or in sections

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
 from .checkpoint import (
     FREE, CheckpointError, first_change, load_state, save_model, save_state, write_whole)
-from .group import Group, join_group
+from .group import Group, clip_gradients, join_group, shard
 from .optim import choose_precision, make_optimizer, schedule, set_lr
 
 # %% ../../nbs/26_loop.ipynb #4d97eae0
@@ -62,7 +62,7 @@ def train_step(
         (loss * share).backward()
         total += loss.item() * share
     group.sum_gradients(task.model)
-    norm = nn.utils.clip_grad_norm_(task.model.parameters(), clip).item()
+    norm = clip_gradients(list(task.model.parameters()), clip).item()
     if norm < max_norm: optimizer.step()    # not so where it is inf or no number
     optimizer.zero_grad(set_to_none=True)
     return group.total(total), norm
@@ -177,6 +177,7 @@ def start_run(
     "Optimizer and precision; goes on from a saved state if there is one"
     c, folder, group = config, Path(folder), join_group()
     device = next(task.model.parameters()).device.type
+    if c.shard and group.world > 1: shard(task.model)
     optimizer = make_optimizer(task.model, c.optimizer, c.lr, c.adam_lr, c.weight_decay)
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
@@ -337,7 +338,8 @@ def _whole_step(run, show, logs):
         show.total = p["plan"] = int(run.group.tell(p["plan"]))   # clocks differ
     row |= dict(seconds=round(p["seconds"], 2), tokens=p["tokens"], figures="")
     due = p["step"] == p["plan"] or p["step"] % c.validate_every == 0
-    if run.task.validate and due and logs: row["figures"] = _validate(run)
+    here = logs or c.shard          # slices of blocks are put together by all or by none
+    if run.task.validate and due and here: row["figures"] = _validate(run)
     for log in logs: log.add(**row)
     if p["step"] % c.save_every == 0: _save(run)
     show.update(1)
@@ -346,7 +348,7 @@ def _whole_step(run, show, logs):
 # %% ../../nbs/26_loop.ipynb #78e0eb8e
 def _save(run):
     "All that a resume needs; one process writes it"
-    if run.group.rank: return
+    if run.group.rank and not run.config.shard: return
     save_state(run.folder / "state.pt", run.task.model, run.optimizer, run.progress)
 
 # %% ../../nbs/26_loop.ipynb #98d44a01

@@ -10,6 +10,7 @@ import math
 import time
 import torch
 from torch import Tensor, nn
+from .group import cut_like, whole
 
 # %% ../../nbs/36b_optim.ipynb #d07aae08
 def orthogonalise(
@@ -58,9 +59,10 @@ def _muon_update(p, state, group):
     if "momentum" not in state: state["momentum"] = torch.zeros_like(p)
     m, beta = state["momentum"], group["momentum"]
     m.lerp_(p.grad, 1 - beta)
-    wide = p.grad.lerp(m, beta).flatten(1)         # a convolution is a matrix as well
+    wide = whole(p.grad.lerp(m, beta)).flatten(1)  # a convolution is a matrix as well
     scale = max(1, wide.shape[0] / wide.shape[1]) ** 0.5
-    return orthogonalise(wide).to(p.dtype).view_as(p) * scale
+    change = orthogonalise(wide).to(p.dtype).view(p.shape) * scale
+    return cut_like(change, p)                     # under `shard` p is a slice
 
 # %% ../../nbs/36b_optim.ipynb #efa4e628
 def _adamw_update(p, state, group):
