@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help omni test soak docs sidebar lab clean
+.PHONY: help try omni test soak docs sidebar lab clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -34,6 +34,10 @@ $(VENV)/.muomni-dev: settings.ini setup.py pyproject.toml
 	@touch $(VENV)/.muomni
 
 comma := ,
+
+try: $(VENV)/.muomni  ## install, then show the model that came with the clone a picture and hear its answer
+	$(BIN)/muomni chat --image data/examples/sample_image.png --text "what do you see?" --speak answer.wav
+	@echo "listen to answer.wav; ask more with: source $(VENV)/bin/activate, then: muomni chat"
 
 omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35 minutes), print its scorecard and a conversation
 	$(BIN)/muomni train all --preset nano --out checkpoints/nano $(if $(MINUTES),--minutes $(MINUTES))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/31_all_at_once.ipynb #39019512
@@ -332,16 +333,22 @@ class OmniBatches(OmniTalks):
         raise ValueError(f"no conversation fits into a row of {self.row} tokens: set a "
                          "longer training_params.sequence")
 
+# %% ../../nbs/31_all_at_once.ipynb #filled31
+def _filled(x, step):
+    "More rows of zeros, up to a multiple: a CPU keeps a kernel for each shape it met"
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % step))
+
 # %% ../../nbs/31_all_at_once.ipynb #1b1a895b
 def fill_of(
     model: OmniModel,    # whose eyes and ears are used
     batch: OmniBatch,    # with pixels and sounds
 ) -> tuple[Tensor | None, list | None]:   # (N, P, D) pictures, (n, D) sounds
     "What goes into the places of a batch"
-    pictures = model.see(batch.pixels) if len(batch.pixels) else None
-    if not batch.sounds: return pictures, None
-    sizes = [len(s) for s in batch.sounds]
-    return pictures, list(model.sound_places(torch.cat(batch.sounds)).split(sizes))
+    N, sizes = len(batch.pixels), [len(s) for s in batch.sounds]
+    pictures = model.see(_filled(batch.pixels, 8))[:N] if N else None
+    if not sizes: return pictures, None
+    places = model.sound_places(_filled(torch.cat(batch.sounds), 128))[:sum(sizes)]
+    return pictures, list(places.split(sizes))
 
 # %% ../../nbs/31_all_at_once.ipynb #919f902f
 def omni_loss(
