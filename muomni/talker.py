@@ -244,9 +244,8 @@ def talker_parts(
     scores = [code_logits(talker, state, batch.codes[:, :0, :0])]
     wants = [want]
     for k in range(1, talker.config.codebooks):
-        chosen = batch.codes[real][:, :k]
-        scores.append(code_logits(talker, state[:, :-1][real], chosen))
-        wants.append(batch.codes[real][:, k])
+        scores.append(code_logits(talker, state[:, :-1], batch.codes[..., :k]))
+        wants.append(batch.codes[..., k].masked_fill(~real, -100))
     return _figures(scores, wants)
 
 # %% ../nbs/24_talker.ipynb #82eaa45f

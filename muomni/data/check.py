@@ -71,7 +71,7 @@ def open_rows(
     worst = f"{path}: there is no row in it"
     for number, value, reason in source():
         if not reason: break
-        worst = f"{path}: no row of it can be read; row {number}: {reason}"
+        worst = f"{path}: no row of it can be read; row {number}: {_clean(reason)}"
     else: raise DataError(worst)
     try: roles = roles_of(value)
     except DataError as error: raise DataError(f"{path}: {error}") from None

@@ -60,13 +60,13 @@ def _decoded(line):
     return (None, "holds a NUL byte") if "\0" in text else (text, "")
 
 # %% ../../nbs/35r_rows.ipynb #c0026
-def _texts(path):
-    "Rows of the lines of a file, with their ends, but for blank ones"
+def _texts(path, blank=False):
+    "Rows of the lines of a file, with their ends; blank ones only if they are wanted"
     with _opened(path) as file:
         for number, line in _lines(file):
             if number == 1 and line: line = line.removeprefix(b"\xef\xbb\xbf")
             text, reason = _decoded(line)
-            if reason or text.strip(): yield number, text, reason
+            if reason or blank or text.strip(): yield number, text, reason
 
 # %% ../../nbs/35r_rows.ipynb #c0028
 def read_lines(
@@ -92,6 +92,7 @@ def _records(rows):
     back = deque()
     def take(): return back.popleft() if back else next(rows, None)
     while first := take():
+        if not first[2] and not first[1].strip(): continue     # blank, between two rows
         lines, reason, fields = [first], first[2], None
         while not reason:
             fields, reason = _fields([text for _, text, _ in lines])
@@ -121,7 +122,7 @@ def read_csv(
     path: str | Path,   # a table, UTF-8, comma between columns; first line: their names
 ) -> Iterator[Row]:     # value: dict, column -> text; names in small letters
     "The rows of a table, one after the other"
-    rows = _records(_texts(path))
+    rows = _records(_texts(path, blank=True))      # blank lines within quotes are text
     first = next(rows, None)
     if first is None: return
     names = _header(path, first)

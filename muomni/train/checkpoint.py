@@ -107,7 +107,7 @@ def _sweep(folder):
 # %% ../../nbs/39_checkpoint.ipynb #48627179
 def code_revision(
     package: str | Path | None = None,   # folder of the package; None = this one
-) -> str | None:   # commit, with -dirty behind it if files were changed; or None
+) -> str | None:   # commit, with -dirty behind it if the package was changed; or None
     "The commit of the repository in which the package is worked on, if there is one"
     package = Path(package or str(files("muomni")))
     def git(*words):
@@ -116,7 +116,8 @@ def code_revision(
                               check=True).stdout.strip()
     try:
         if git("rev-parse", "--show-prefix") != f"{package.name}/": return None
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
     except (OSError, ValueError, subprocess.SubprocessError): return None
 
 # %% ../../nbs/39_checkpoint.ipynb #888474b5

@@ -165,18 +165,24 @@ def make_spoken(
     return Spoken(*answer_states(speaker, corpus.texts, layer),
                   corpus_codes(speaker.codec, corpus, bar=bar))
 
+# %% ../../nbs/30_speaking.ipynb #stackfil
+def _stack_filled(rows, step):
+    "(B, n, ...) with zeros behind the ends, n a multiple of step"
+    out = nn.utils.rnn.pad_sequence(rows, True)
+    return F.pad(out, (0, 0, 0, -out.shape[1] % step))
+
 # %% ../../nbs/30_speaking.ipynb #849f34df
 def stack_spoken(
     speaker: Speaker,     # knows how tokens are spelled
     spoken: Spoken,       # the whole
     group: list[int],     # which of it
-    step: int = 8,        # letters and frames are filled up to a multiple of it
+    step: int = 8,        # letters, tokens and frames are filled up to a multiple of it
 ) -> SpeechBatch:
     "Some of it side by side; few shapes, so few kernels"
     text = spell(speaker.letters, [spoken.answers[i] for i in group], step)
-    states = nn.utils.rnn.pad_sequence([spoken.states[i].float() for i in group], True)
-    codes = nn.utils.rnn.pad_sequence([spoken.codes[i].long() for i in group], True)
-    codes = F.pad(codes, (0, 0, 0, -codes.shape[1] % step))
+    states = [spoken.states[i].float() for i in group]
+    codes = [spoken.codes[i].long() for i in group]
+    states, codes = (_stack_filled(x, step) for x in (states, codes))
     lengths = torch.tensor([len(spoken.codes[i]) for i in group])
     return SpeechBatch(text, states, codes, lengths)
 
