@@ -49,7 +49,7 @@ omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35
 test: $(VENV)/.muomni-dev  ## all checks: structure, notebooks, pytest, site; ends on "N passed, N failed"
 	@PATH="$(abspath $(BIN)):$$PATH" python tools/run_tests.py
 
-soak: $(VENV)/.muomni-dev  ## 100 kills, 10 000 damaged files for each reader, full disks (about 40 minutes); writes tests/soak-report.txt
+soak: $(VENV)/.muomni-dev  ## 100 kills, 10 000 damaged files for each reader, full disks (about 20 minutes); writes tests/soak-report.txt
 	@MUOMNI_SOAK=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_hostile.py tests/test_hostile_data.py tests/test_stream.py
 
 docs: $(VENV)/.muomni-dev  ## build the site into _docs/ and README.md from nbs/index.ipynb
