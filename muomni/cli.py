@@ -677,6 +677,7 @@ def main(
     "The `muomni` command"
     try: args = parser().parse_args(argv)
     except SystemExit as e: return _said(e.code or 0)   # --help, --version, wrong use
+    except BrokenPipeError: return _reader_is_gone() or 0   # argparse's, in older Pythons
     try: return _run(args)
     except KeyboardInterrupt:
         again = "; the same command goes on from here"
