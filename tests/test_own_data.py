@@ -147,3 +147,16 @@ def test_a_batch_of_nothing_gives_way(tmp_path):
     assert [batches.batch(n) for n in (0, 1, 2, 3, 4)] == [(2, [6, 7, 8])] * 3 + [(3, [9, 10, 11]), (6, [6, 7, 8])]
     (tmp_path / "b.txt").write_text("1\n2\n")
     with pytest.raises(DataError, match="none|no sample|not one good"): StreamBatches(Odd(tmp_path / "b.txt", bad=BadRows(show=0, share=1)), 3, print).batch(0)
+
+
+def test_seven_per_cent_stop_at_the_end_of_an_epoch(tmp_path):
+    "Too many, but not so many that chance is ruled out before all are counted"
+    class Odd(LineStream):
+        def load(self, path, name, text):
+            if int(text) % 14 == 0: raise DataError("no good: divides")
+            return int(text)
+    (tmp_path / "a.txt").write_text("\n".join(map(str, range(210))))
+    batches, seen = StreamBatches(Odd(tmp_path / "a.txt", bad=BadRows(show=0)), 10, lambda samples, n: samples), 0
+    with pytest.raises(DataError, match="7% bad, more than 5%"):
+        for n in range(21): seen += len(batches.batch(n))
+    assert seen > 150

@@ -381,6 +381,11 @@ def test_one_quotation_mark_costs_one_row(tmp_path):
         assert [n for n, _, why in rows if why] == [at + 2] and len(rows) == 200
 
 
+def test_blank_lines_within_quotes_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text('wav,text\n\n1.wav,"one\n\n\nfour"\n\n2.wav,two\n')
+    assert [(n, v["text"]) for n, v, why in read_csv(tmp_path / "a.csv") if not why] == [(3, "one\n\n\nfour"), (8, "two")]
+
+
 @tries(200, 2000)
 @given(rows=st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8), min_size=2, max_size=2), max_size=8))
 def test_csv_reads_what_csv_writes(tmp_path_factory, rows):
