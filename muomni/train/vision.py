@@ -508,7 +508,7 @@ def vision_task(
     batches = PictureBatches(reader, config, parts["words"].ids)
     def weight(b): return len(b.pixels)
     def validate(m): return seeing_figures(m["seer"], reader, held)
-    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
+    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "pair")
 
 # %% ../../nbs/29_seeing.ipynb #04089886
 @torch.no_grad()
