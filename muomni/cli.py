@@ -78,19 +78,24 @@ def _train_configs(args):
     stages = list(ORDER) if args.stage == "all" else [args.stage]
     if len(stages) > 1 and (args.config or args.set):
         raise Misuse("--config and --set change one stage: name it in place of `all`")
-    own = json.dumps(str(args.data)) if args.data else None
-    if own and args.stage not in ("text", "audio", "vision", "codec"):
-        raise Misuse("--data is for text, audio, vision or codec: name one of them")
-    if own:
-        from muomni.data.check import data_files
-        data_files(args.data)                          # or one line that says why not
+    own = _own_data(args)
     found = {s: load_config(args.config or f"{ORDER[s]}_{args.preset}", ORDER[s])
              for s in stages}
-    extra = {s: list(args.set) + [f"data_params.files={own}"] * bool(own) for s in stages}
+    extra = {s: [*args.set, *own] for s in stages}
     if args.minutes is not None:
         for s, minutes in _shared_minutes(found, args.minutes).items():
             extra[s].append(f"training_params.minutes={minutes}")
     return {s: apply_overrides(config, extra[s]) for s, config in found.items()}
+
+# %% ../nbs/38_cli.ipynb #owndata38
+def _own_data(args):
+    "The setting that --data stands for; refuses stages and paths that cannot have it"
+    if not args.data: return []
+    if args.stage not in ("text", "audio", "vision", "codec"):
+        raise Misuse("--data is for text, audio, vision or codec: name one of them")
+    from muomni.data.check import data_files
+    data_files(args.data)                          # or one line that says why not
+    return [f"data_params.files={json.dumps(str(args.data))}"]
 
 # %% ../nbs/38_cli.ipynb #67584203
 def _shared_minutes(configs, minutes):

@@ -31,7 +31,7 @@ SAME_FLOOR = {
     "data.stream": "data.rows",
     "data.collate": "data.rows",
     "data.check": "data.make data.rows data.stream",
-    "data.batches": "data.check data.rows data.stream",
+    "data.batches": "data.check data.download data.rows data.stream",
     "data.fit_config": "data.make",
     "data.download": "data.make",
     "data.make": "data.world data.scenes data.english data.words data.packing",

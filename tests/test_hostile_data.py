@@ -169,6 +169,15 @@ def test_bad_rows_among_good_ones_are_each_named_once(tmp_path):
     report_html(report).encode(), report_text(report).encode()
 
 
+def test_names_of_files_stay_as_they_are(tmp_path):
+    "Blanks, and more letters than a reason may have"
+    folder = tmp_path / "my  own" / ("long" * 50) / ("longer" * 30)
+    folder.mkdir(parents=True)
+    (folder / "a  b.txt").write_text("one\ntwo\n")
+    report = check_data(folder / "a  b.txt")
+    assert report["path"] == str(folder / "a  b.txt") and report["files"] == ["a  b.txt"]
+
+
 def test_sounds_that_mean_harm(tmp_path):
     (tmp_path / "a.flac").write_bytes(flac(1.0))
     (tmp_path / "cut.flac").write_bytes(flac(1.0)[:4000])

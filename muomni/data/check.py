@@ -26,20 +26,20 @@ from ..tokenizer import Tokenizer
 
 # %% ../../nbs/35p_check.ipynb #31199703
 from .make import open_folder, whole_file
-from .rows import LONGEST_ROW, DataError, file_inside, row_source
-from .stream import (
-    IMAGE_COLUMNS, SOUND_COLUMNS, TEXT_COLUMNS, in_valid, plain_key, text_of)
+from .rows import LONGEST_ROW, DataError, file_inside, one_line, row_source
+from muomni.data.stream import (
+    IMAGE_COLUMNS, LONGEST_NAME, SOUND_COLUMNS, TEXT_COLUMNS, in_valid, plain_key,
+    text_of)
 
 # %% ../../nbs/35p_check.ipynb #93792aec
-def _clean(text, most=300):
-    "One line that UTF-8 can hold, whatever a file is called"
-    words = " ".join(str(text).split())[:most]
-    return words.encode("utf-8", "backslashreplace").decode()
+def _clean(text):
+    "A text that UTF-8 can hold, whatever a file is called"
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 def _words(error):
     "What an error says, in one line, with its class where it says nothing"
     said = getattr(error, "strerror", None) or str(error)
-    return _clean(said) or type(error).__name__
+    return one_line(said) or type(error).__name__
 
 # %% ../../nbs/35p_check.ipynb #608a3a1c
 ROLES = dict(sound=SOUND_COLUMNS, image=IMAGE_COLUMNS, text=TEXT_COLUMNS)
@@ -58,7 +58,7 @@ def roles_of(
         found = ["image" if ending in PICTURES else "sound"]
     roles = (*found, *["text"] * bool(has["text"]))
     if len(found) == 2 or roles in ((), ("image",)):
-        raise DataError(f"the columns are {_clean(list(value), 90)}; expected text, or "
+        raise DataError(f"the columns are {one_line(str(list(value)), 90)}; expected text, or "
                         "audio, or audio and transcript, or image and text")
     return roles
 
@@ -71,7 +71,7 @@ def open_rows(
     worst = f"{path}: there is no row in it"
     for number, value, reason in source():
         if not reason: break
-        worst = f"{path}: no row of it can be read; row {number}: {_clean(reason)}"
+        worst = f"{path}: no row of it can be read; row {number}: {one_line(reason)}"
     else: raise DataError(worst)
     try: roles = roles_of(value)
     except DataError as error: raise DataError(f"{path}: {error}") from None
@@ -87,9 +87,9 @@ def told_rows(
         try:
             if reason: raise DataError(reason)
             for role in roles:
-                most = LONGEST_ROW if role == "text" else 4096      # letters of a path
+                most = LONGEST_ROW if role == "text" else LONGEST_NAME
                 said[role] = text_of(value, ROLES[role], most)
-        except DataError as error: reason = _clean(error)
+        except DataError as error: reason = one_line(str(error))
         yield number, said, reason
 
 # %% ../../nbs/35p_check.ipynb #bb43421c
@@ -106,7 +106,7 @@ def data_files(
     except (OSError, ValueError) as error:
         if isinstance(error, DataError): raise
         why = f"{str(path)!r:.60}: cannot be looked at: {_words(error)}"
-        raise DataError(_clean(why)) from None
+        raise DataError(one_line(why)) from None
     if found: return [p for p in found if p.suffix.lower() in tables] or found
     below = [p.name for p in inside if p.is_dir()]
     hint = f"; try one of its folders: {', '.join(below[:5])}" if below else ""
@@ -294,7 +294,7 @@ def _check_file(file, folder, kinds, side, tally, tokenizer, limits, cache, step
             if reason: raise DataError(reason)
             found, key, digest = measure_row(said, folder, tokenizer, limits, cache)
             tally.accept(file, row, found, side or hash_side(key, limits.share), digest)
-        except DataError as error: tally.refuse(file, row, _clean(error))
+        except DataError as error: tally.refuse(file, row, one_line(str(error)))
         if step: step()
 
 # %% ../../nbs/35p_check.ipynb #efd65d2e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_ROW', 'SPAN', 'Row', 'DataError', 'read_lines', 'read_csv', 'read_jsonl', 'load_json', 'read_items',
-           'row_source', 'file_inside', 'BadRows', 'bad_summary', 'Tally']
+           'row_source', 'file_inside', 'BadRows', 'one_line', 'bad_summary', 'Tally']
 
 # %% ../../nbs/35r_rows.ipynb #c0003
 import csv
@@ -255,7 +255,7 @@ class BadRows:
     ) -> bool:          # True if it was not named before
         "Name a bad row, if nobody has"
         if (str(file), row) in self._known(): return False
-        one = dict(file=str(file), row=row, reason=_one_line(reason))
+        one = dict(file=str(file), row=row, reason=one_line(reason))
         _append(self.path, one)
         self.show -= 1
         if self.show >= 0: _say(f"{file} row {row}: {one['reason']}")
@@ -273,12 +273,16 @@ class BadRows:
 
     def __len__(self): return len(self._known())
 
-# %% ../../nbs/35r_rows.ipynb #c0056
-def _one_line(reason, most=300):
-    "A reason without signs that a terminal would obey"
+# %% ../../nbs/35r_rows.ipynb #oneline35
+def one_line(
+    reason: str,       # why a row is no good
+    most: int = 300,   # letters that are kept
+) -> str:              # without signs that a terminal would obey
+    "A reason as it may stand in a list or a report"
     words = " ".join(reason.split())[:most]
     return "".join(c if c.isprintable() else "?" for c in words)
 
+# %% ../../nbs/35r_rows.ipynb #c0056
 def _say(words): print(f"bad row: {words}", file=sys.stderr)
 
 # %% ../../nbs/35r_rows.ipynb #c0058

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from ..audio import HOP, log_mel
 from ..audio_encoder import AudioEncoderTiny
 from ..config import AudioEncoderConfig, Config, SpeechConfig, load_config
-from ..data.batches import StreamBatches, own_fingerprint, own_streams
+from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
 from ..data.check import frames_needed
 from ..data.corpus import SpeechCorpus, corpus_items, speech_corpus
 from ..data.rows import DataError
@@ -332,8 +331,7 @@ def own_sounds(
     t, d = config.training_params, config.data_params
     streams = own_streams(d.files, partial(HeardStream, tokenizer=tokenizer,
                                            frames=t.sequence), bad, seed=t.seed)
-    held = [sample[:2] for sample in islice(streams["valid"], d.valid_sentences)]
-    if not held: raise DataError(f"{d.files}: no sound for validation")
+    held = [sample[:2] for sample in held_out(streams, d.valid_sentences)]
 
     def collate(samples, n):
         waves = [_as_heard(wave, states_needed([ids], [letters])[0], d.augment,

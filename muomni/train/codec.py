@@ -9,7 +9,6 @@ __all__ = ['voice_corpus', 'Mels', 'MelBatch', 'stack_mels', 'MelBatches', 'code
 # %% ../../nbs/30a_codec_training.ipynb #d6037834
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,8 @@ from torch import Tensor
 from ..audio import log_mel
 from ..codec import SILENCE, Codec, codec_loss
 from ..config import Config, SpeechConfig
-from ..data.batches import StreamBatches, own_fingerprint, own_streams
+from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
 from ..data.corpus import SpeechCorpus, speech_corpus
-from ..data.rows import DataError
 from ..data.sentences import sentence
 from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
@@ -182,9 +180,7 @@ def _learned_from(config, folder, bar):
         return train, valid[:], {}
     own = own_streams(d.files, partial(SoundStream, give=("mel",)),
                       folder / "bad_rows.jsonl", seed=seed)
-    valid = list(islice(own["valid"], d.valid_sentences))
-    if not valid: raise DataError(f"{d.files}: no sound for validation")
-    return own["train"], valid, own_fingerprint(own)
+    return own["train"], held_out(own, d.valid_sentences), own_fingerprint(own)
 
 # %% ../../nbs/30a_codec_training.ipynb #c125dd81
 def train_codec(

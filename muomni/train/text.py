@@ -8,6 +8,7 @@ __all__ = ['stage_tokenizer', 'EnglishRows', 'dialogue_rows', 'TextBatches', 'Li
 
 # %% ../../nbs/27_text.ipynb #93102fd2
 import math
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 import numpy as np
@@ -32,14 +33,14 @@ from .loop import Task, fit, run_metadata
 def stage_tokenizer(
     path: str | Path,   # tokenizer.json; made if it is not there
     vocab_size: int,    # V, most tokens
-    english: list[str] | None = None,   # to learn from; None = the documents
+    english: Iterable[str] | None = None,   # to learn from; None = the documents
 ) -> Tokenizer:
     "The tokenizer of all stages, learned from the training text"
     path = Path(path)
     if path.exists(): return _own_tokenizer(path, vocab_size)
     if english is None: english = [text for _, text in documents("train")]
     world = [text for i in range(4000) for _, text in make_dialogue(i).messages()]
-    tokenizer = train_tokenizer(english + world, vocab_size)
+    tokenizer = train_tokenizer([*english, *world], vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, path)
     return tokenizer
@@ -365,7 +366,7 @@ def train_text(
     with folder_lock(out / "thinker"):
         vocab_size, own = config.model_params.vocab_size, _own_text(config, out)
         with one_first(join_group()):
-            some = list(islice(own["train"], 50_000)) if own else None
+            some = islice(own["train"], 50_000) if own else None     # read only if needed
             tokenizer = stage_tokenizer(out / "tokenizer.json", vocab_size, some)
         torch.manual_seed(config.training_params.seed)
         model = ThinkerLM(config.model_params)

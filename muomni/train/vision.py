@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/29_seeing.ipynb #1c8e539a
 from ..config import Config, VisionConfig
-from ..data.batches import StreamBatches, own_fingerprint, own_streams
-from ..data.rows import DataError
+from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
 from ..data.scenes import (
     Scene, caption, draw, is_held_out, make_scene, noun_picture, nouns)
 from ..data.stream import PictureStream, Stream
@@ -486,8 +485,7 @@ def pair_figures(
 def _own_task(config, reader, parts, own):
     "Your own pictures in the loop's words"
     t, d = config.training_params, config.data_params
-    held = list(islice(own["valid"], d.valid_pictures))
-    if not held: raise DataError(f"{d.files}: no picture for validation")
+    held = held_out(own, d.valid_pictures)
     ids = torch.tensor(parts["words"].ids)
     def collate(samples, n): return picture_batch(reader, ids, samples)
     batches = StreamBatches(own["train"], t.batch_tokens // t.accumulate, collate)
