@@ -451,9 +451,9 @@ def omni_minutes() -> tuple[float, float]:   # minutes of `make omni`, seconds o
 def _device():
     "Where the model is trained, and why there"
     import torch
-    if not torch.cuda.is_available(): return "cpu", "torch sees no GPU"
-    name = torch.cuda.get_device_name()
-    return "cpu", f"all stages so far train on the CPU; {name} stays idle"
+    from muomni.train.device import choose_device
+    if choose_device().type == "cpu": return "cpu", "torch sees no GPU"
+    return "cuda", f"{torch.cuda.get_device_name()}; training_params.device=cpu leaves it"
 
 # %% ../nbs/38_cli.ipynb #4f72ffe2
 def _speed():
@@ -463,8 +463,8 @@ def _speed():
     _use_all_cores()
     device, why = _device()
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    rates = {name: round(matmul_rate(kind) / 1e9) for name, kind in kinds.items()}
-    precision = str(choose_precision()).removeprefix("torch.")
+    rates = {name: round(matmul_rate(kind, device) / 1e9) for name, kind in kinds.items()}
+    precision = str(choose_precision(device=device)).removeprefix("torch.")
     minutes, step = omni_minutes()
     return dict(device=device, device_why=why, threads=torch.get_num_threads(),
                 precision=precision, matmul_gflops=rates,
@@ -478,7 +478,7 @@ def _speed_lines(s):
             f"{'precision':15}{s['precision']}: a matrix product reaches "
             f"{r['bfloat16']} GFLOP/s in bfloat16, {r['float32']} in float32",
             f"{'make omni':15}about {s['omni_minutes']:.0f} minutes "
-            f"({s['step_seconds']} s for a step of training)"]
+            f"({s['step_seconds']} s for a step of training on the CPU)"]
 
 # %% ../nbs/38_cli.ipynb #c6666321
 def run_check(

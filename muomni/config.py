@@ -135,6 +135,7 @@ class TrainConfig:
     final_lr: float = 0.02     # last learning rate, as a share of the peak
     clip: float = 1.0          # largest gradient norm; a longer one is shortened
     max_norm: float = 10_000.0  # norm before clipping at which a step is left out
+    device: str = "auto"       # "auto" (a GPU where there is one), "cpu", "cuda"
     precision: str = "auto"    # "auto" (probed), "float32", "bfloat16"
     compile: bool = False      # torch.compile the model
     shard: bool = False        # under torchrun: each process keeps a slice of each block
@@ -175,6 +176,7 @@ def _check_training(
         value = getattr(c, key)
         _need(0 <= value <= 1, section, key, value, "a share from 0 to 1")
     _need_choice(c, section, "optimizer", ("muon", "adamw"))
+    _need_choice(c, section, "device", ("auto", "cpu", "cuda"))
     _need_choice(c, section, "precision", ("auto", "float32", "bfloat16"))
     least = c.sequence * c.accumulate
     _need(c.batch_tokens >= least, section, "batch_tokens", c.batch_tokens,

@@ -44,13 +44,13 @@ SAME_FLOOR = {
     "cli_data": "cli",
     "train.checkpoint": "train.group",
     "train.optim": "train.group",
-    "train.loop": "train.optim train.checkpoint train.group",
-    "train.text": "train.loop train.optim train.checkpoint train.group",
-    "train.audio": "train.loop train.checkpoint train.text train.group",
-    "train.vision": "train.loop train.checkpoint train.optim",
-    "train.codec": "train.loop train.checkpoint",
-    "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni",
-    "train.omni": "train.loop train.checkpoint train.text train.audio train.vision",
+    "train.loop": "train.optim train.checkpoint train.group train.device",
+    "train.text": "train.loop train.optim train.checkpoint train.group train.device",
+    "train.audio": "train.loop train.checkpoint train.text train.group train.device",
+    "train.vision": "train.loop train.checkpoint train.optim train.device",
+    "train.codec": "train.loop train.checkpoint train.device",
+    "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni train.device",
+    "train.omni": "train.loop train.checkpoint train.text train.audio train.vision train.device",
 }
 CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB = 30, 45, 400, 15     # a class has no half: its cell may be longer
 EXPORTS = {"export", "exports", "exporti"}

@@ -37,6 +37,7 @@ from ..data.stream import SoundStream
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import digest, folder_lock, load_part, save_model
+from .device import home, moved
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 from .text import stage_tokenizer
@@ -364,7 +365,8 @@ def hear(
     read = read or token_reader(tokenizer)
     out = [""] * len(waves)
     for group in by_length([len(w) // HOP + 1 for w in waves], room):
-        mel, lengths = stack_waves([waves[i] for i in group], STEP)
+        sounds = stack_waves([waves[i] for i in group], STEP)
+        mel, lengths = moved(sounds, home(hearer))
         texts = read(hearer, *hearer.encoder(mel, lengths))
         for i, text in zip(group, texts): out[i] = text.strip()
     return out

@@ -23,6 +23,7 @@ from ..data.sentences import sentence
 from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
 from .checkpoint import SHIPPED, folder_lock, save_model
+from .device import home, moved
 from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/30a_codec_training.ipynb #3128b66d
@@ -122,10 +123,10 @@ def codec_figures(
     "Error on held-out sound; how many codes it takes there, and how evenly"
     total, frames, seen = 0.0, 0, []
     for at in range(0, len(mels), rows):
-        b = stack_mels(mels[at:at + rows])
+        b = moved(stack_mels(mels[at:at + rows]), home(codec))
         codes, valid = codec.encode(b.mel, b.lengths)
         found = codec.decode(codes, valid)[:, :b.mel.shape[1]]
-        real = torch.arange(b.mel.shape[1]) < b.lengths[:, None]
+        real = torch.arange(b.mel.shape[1], device=b.mel.device) < b.lengths[:, None]
         total += (found - b.mel).abs().mean(-1)[real].sum().item()
         frames += int(real.sum())
         seen.append(codes[valid])

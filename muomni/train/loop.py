@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
 from .checkpoint import (
     FREE, CheckpointError, first_change, load_state, save_model, save_state, write_whole)
+from .device import choose_device, home, moved
 from .group import Group, clip_gradients, join_group, shard
 from .optim import choose_precision, make_optimizer, schedule, set_lr
 
@@ -53,7 +54,7 @@ def train_step(
 ) -> tuple[float, float]:              # loss, gradient norm before clipping
     "Forward and backward over the micro-batches, clip, look, step"
     weights = [task.weight(b) for b in batches]
-    device, total = next(task.model.parameters()).device.type, 0.0
+    device, total = home(task.model).type, 0.0
     tokens = max(1, group.total(sum(weights)))   # the mean is over tokens, not batches
     for batch, weight in zip(batches, weights):
         with torch.autocast(device, precision, enabled=precision != torch.float32):
@@ -176,7 +177,7 @@ def start_run(
 ) -> Run:
     "Optimizer and precision; goes on from a saved state if there is one"
     c, folder, group = config, Path(folder), join_group()
-    device = next(task.model.parameters()).device.type
+    task.model.to(choose_device(c.device))
     if c.shard and group.world > 1: shard(task.model)
     optimizer = make_optimizer(task.model, c.optimizer, c.lr, c.adam_lr, c.weight_decay)
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
@@ -187,7 +188,7 @@ def start_run(
         p["minutes"] = c.minutes
         if p["step"] >= REPLAN: _plan(p, c)
     if "precision" not in p:
-        chosen = choose_precision(c.precision, device)
+        chosen = choose_precision(c.precision, home(task.model).type)
         half = group.tell(chosen == torch.bfloat16)      # it may depend on a clock
         p["precision"] = "bfloat16" if half else "float32"
     if c.compile: task = replace(task, loss=compiled(task.loss))
@@ -240,7 +241,8 @@ def one_step(
     p, c = run.progress, run.config
     first = p["step"] * c.accumulate
     numbers = range(first, first + c.accumulate)
-    batches = [run.task.batch(n) for n in run.group.share(numbers)]
+    batches = [moved(run.task.batch(n), home(run.task.model))
+               for n in run.group.share(numbers)]
     share = schedule(p["step"], p["plan"], c.warmup, c.final_lr)
     set_lr(run.optimizer, share)
     loss, norm = train_step(run.task, batches, run.optimizer, run.precision, c.clip,
@@ -303,6 +305,7 @@ def fit(
             _whole_step(run, show, logs)
         if p["step"] % config.save_every: _save(run)     # else it was saved just now
         run.group.wait()        # whoever ends first may end the others
+    if not config.shard: task.model.to("cpu")    # where the rest of a stage is done
     if logs: plot_log(run.folder / "log.csv")
     if asked or p["step"] < p["plan"]: raise KeyboardInterrupt    # here, or elsewhere
     return run

@@ -39,6 +39,7 @@ from .audio import STEP, Hearer, by_length, stack_waves
 from .checkpoint import (
     SHIPPED, CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
     load_model, load_part, save_model)
+from .device import choose_device, home, moved
 from .loop import Ahead, Task, fit, run_metadata
 from .text import EnglishRows, english_bits, grade, some_english
 from .vision import load_seer
@@ -127,9 +128,9 @@ def heard_states(
     "A state for each token that was heard; all states of a sound without words"
     out = [None] * len(waves)
     for group in by_length([len(w) // HOP + 1 for w in waves], room):
-        mel, lengths = stack_waves([waves[i] for i in group], STEP)
-        for i, states in zip(group, model.hear_states(mel, lengths)):
-            out[i] = states.clone()        # a slice would keep all others alive
+        sounds = stack_waves([waves[i] for i in group], STEP)
+        for i, states in zip(group, model.hear_states(*moved(sounds, home(model)))):
+            out[i] = states.clone().cpu()  # a slice would keep all others alive
     return out
 
 # %% ../../nbs/31_all_at_once.ipynb #0b2c3871
@@ -416,7 +417,7 @@ def omni_answers(
     for at in range(0, len(order), batch):
         group = [talks[i] for i in order[at:at + batch]]
         b = OmniBatch(None, None, None, look(draw_talks(group, side)), _sounds(group))
-        fill = fill_of(model, b)
+        fill = fill_of(model, moved(b, home(model)))
         found = generate_batch(model.thinker, [t.ids for t in group], s,
                                embed=lambda ids: model.embed(ids, *fill))
         for i, ids in zip(order[at:at + batch], found): out[i] = tokenizer.decode(ids)
@@ -527,7 +528,7 @@ def train_omni(
     out, t = Path(out), config.training_params
     with folder_lock(out / "omni"):
         torch.manual_seed(t.seed)
-        model = assemble(config.model_params, out)
+        model = assemble(config.model_params, out).to(choose_device(t.device))
         tokenizer = load_tokenizer(out / "tokenizer.json")
         heard = {split: hear_split(model, config.data_params, split, bar=bar)
                  for split in ("train", "valid")}

@@ -36,6 +36,7 @@ from .audio import word_errors
 from .checkpoint import SHIPPED, CheckpointError, find_checkpoint
 from .checkpoint import folder_lock, is_trained, load_part, save_model
 from .codec import stack_mels, voice_corpus
+from .device import CPU, choose_device, home, moved
 from .loop import Ahead, Task, fit, run_metadata
 from .omni import load_omni
 from .optim import choose_precision
@@ -93,15 +94,17 @@ def corpus_codes(
     corpus: SpeechCorpus,   # spoken sentences
     rows: int = 32,         # sounds at a time, of like length
     bar: bool = True,       # show a progress bar
+    precision: str = "auto",  # what to compute in, see `choose_precision`
 ) -> list[Tensor]:          # (F, K) int16 each
     "The codes of every sound, in order"
     out, order = [None] * len(corpus), np.argsort(corpus.frames, kind="stable")
-    precision = choose_precision("auto")
+    place = home(codec)
+    kind = choose_precision(precision, place.type)
     for at in tqdm(range(0, len(corpus), rows), "to codes", disable=not bar):
         group = order[at:at + rows].tolist()
-        b = stack_mels([log_mel(corpus[i][0]) for i in group], 64)
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            codes, valid = codec.encode(b.mel, b.lengths)
+        b = moved(stack_mels([log_mel(corpus[i][0]) for i in group], 64), place)
+        with torch.autocast(place.type, kind, enabled=kind != torch.float32):
+            codes, valid = moved(codec.encode(b.mel, b.lengths), CPU)
         for i, c, v in zip(group, codes, valid): out[i] = c[v].to(torch.int16)
     return out
 
@@ -123,6 +126,7 @@ def answer_states(
     layer: int = -1,      # whose states; see `thinker_states`
     seed: int = 0,        # of the questions
     rows: int = 64,       # texts at a time, of like length
+    precision: str = "auto",  # what to compute in, see `choose_precision`
 ) -> tuple[list[list[int]], list[Tensor]]:   # tokens; (S, 2D) bfloat16 each
     "Each text as an answer of the Thinker: its tokens and their states"
     t = speaker.tokenizer
@@ -130,16 +134,18 @@ def answer_states(
     chats = _asked(t, ids, seed)
     order = sorted(range(len(ids)), key=lambda i: len(chats[i][0]))
     out = [None] * len(ids)
-    precision = choose_precision("auto")
+    place = home(speaker.thinker)
+    kind = choose_precision(precision, place.type)
     for at in range(0, len(ids), rows):
         group = order[at:at + rows]
         T = -(-len(chats[group[-1]][0]) // 8) * 8
         table = torch.full((len(group), T), t.pad)
         for row, i in zip(table, group):
             row[:len(chats[i][0])] = torch.tensor(chats[i][0])
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            states = thinker_states(speaker.thinker, table, layer, valid=table != t.pad)
-        for i, row in zip(group, states):
+        x = table.to(place)
+        with torch.autocast(place.type, kind, enabled=kind != torch.float32):
+            states = thinker_states(speaker.thinker, x, layer, valid=x != t.pad)
+        for i, row in zip(group, states.cpu()):
             begin = chats[i][1]
             out[i] = row[begin:begin + len(ids[i]) + 1].bfloat16()
     return [i + [t.end] for i in ids], out
@@ -160,10 +166,12 @@ def make_spoken(
     corpus: SpeechCorpus,   # what is said
     layer: int = -1,        # whose states
     bar: bool = True,       # show progress bars
+    precision: str = "auto",  # what to compute in, see `choose_precision`
 ) -> Spoken:
     "A corpus as tokens, states and codes"
-    return Spoken(*answer_states(speaker, corpus.texts, layer),
-                  corpus_codes(speaker.codec, corpus, bar=bar))
+    said = answer_states(speaker, corpus.texts, layer, precision=precision)
+    return Spoken(*said, corpus_codes(speaker.codec, corpus, bar=bar,
+                                      precision=precision))
 
 # %% ../../nbs/30_speaking.ipynb #stackfil
 def _stack_filled(rows, step):
@@ -252,7 +260,7 @@ def talker_figures(
     order = sorted(range(len(spoken)), key=lambda i: len(spoken.codes[i]))
     total, frames, ends = {}, 0, 0
     for at in range(0, len(order), rows):
-        b = stack_spoken(speaker, spoken, order[at:at + rows])
+        b = moved(stack_spoken(speaker, spoken, order[at:at + rows]), home(talker))
         count = int(b.lengths.sum())
         for k, v in talker_parts(talker, b).items():
             total[k] = total.get(k, 0.0) + v.item() * count
@@ -308,13 +316,16 @@ def train_talker(
     out, c = Path(out), config.model_params
     speaker = load_speaker(out, talker=False)
     _fits_codec(config, speaker.codec)
+    t = config.training_params
+    for part in (speaker.thinker, speaker.codec): part.to(choose_device(t.device))
     with folder_lock(out / "talker"):
         corpora = [voice_corpus(config.data_params, s, bar) for s in ("train", "valid")]
-        train, valid = (make_spoken(speaker, x, c.layer, bar) for x in corpora)
-        torch.manual_seed(config.training_params.seed)
+        train, valid = (make_spoken(speaker, x, c.layer, bar, t.precision)
+                        for x in corpora)
+        torch.manual_seed(t.seed)
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
-        run = fit(task, config.training_params, out / "talker", bar, tensorboard)
+        run = fit(task, t, out / "talker", bar, tensorboard)
         save_model(out / "talker", talker.eval(), run_metadata(
             "talker", config, run, codec=find_checkpoint(out / "codec")[1]["sha256"]), SHIPPED)
     return talker

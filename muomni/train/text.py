@@ -26,6 +26,7 @@ from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
 from .checkpoint import digest, folder_lock, save_model
+from .device import home
 from .group import join_group, one_first
 from .loop import Task, fit, run_metadata
 
@@ -229,8 +230,9 @@ def token_nats(
     starts = torch.tensor([*range(0, last, stride), last])
     for group in starts.split(8) if len(out) else ():
         x = torch.stack([torch.tensor(ids[s:s + window + 1]) for s in group.tolist()])
+        x = x.to(home(model))
         logp = model(x[:, :-1]).float().log_softmax(-1)
-        nats = -logp.gather(2, x[:, 1:, None])[..., 0]
+        nats = -logp.gather(2, x[:, 1:, None])[..., 0].cpu()
         for s, row in zip(group.tolist(), nats):
             out[done:s + len(row)] = row[done - s:]   # what stands already, stays
             done = s + len(row)

@@ -36,6 +36,7 @@ from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import (
     find_checkpoint, folder_lock, load_part, save_model)
+from .device import CPU, home, moved
 from .loop import Ahead, Task, fit, run_metadata
 from .optim import choose_precision
 from ..vision_encoder import ViTTiny, pool_grid
@@ -323,6 +324,10 @@ def retrieval(
 # %% ../../nbs/29_seeing.ipynb #6225b57c
 WORDS = dict(colour=COLOURS, kind=SHAPES, size=SIZES)
 
+def _read(seer, reader, texts):
+    "Sentences in the space of pictures, for figures"
+    return seer.read(reader(texts).to(home(seer))).cpu()
+
 def word_vectors(
     reader,              # has `words` and a tokenizer
     words: tuple,        # words to compare with each other
@@ -344,7 +349,7 @@ def look(
     for at in range(0, len(images), rows):
         x = torch.stack([image if isinstance(image, Tensor) else pixels(image, side)
                          for image in images[at:at + rows]])
-        found.append(seer(x))
+        found.append(moved(seer(x.to(home(seer))), CPU))
     return tuple(torch.cat(part) for part in zip(*found))
 
 # %% ../../nbs/29_seeing.ipynb #6dc230da
@@ -375,7 +380,7 @@ def seeing_figures(
     "Sentences by the class token, words by the places"
     images = images or [draw(s, seer.encoder.config.side) for s in scenes]
     one, places = look(seer, images)
-    said = seer.read(reader([caption(s) for s in scenes]))
+    said = _read(seer, reader, [caption(s) for s in scenes])
     hits = read_cells(places - places.mean((0, 1)), reader, scenes)
     out = dict(zip(("r1", "r5"), retrieval(one @ said.T)))
     return out | {name: hit.float().mean().item() for name, hit in hits.items()}
@@ -409,7 +414,7 @@ def _cell_table(seer, scenes):
     side, found = seer.encoder.config.side, []
     for at in range(0, len(scenes), 50):
         x = torch.stack([pixels(draw(s, side), side) for s in scenes[at:at + 50]])
-        found.append(pool_grid(seer.encoder(x)[1], EDGE))
+        found.append(pool_grid(seer.encoder(x.to(home(seer)))[1], EDGE).cpu())
     shapes = [(i, s) for i, scene in enumerate(scenes) for s in scene.shapes]
     features = torch.cat(found)[[i for i, _ in shapes], [s.place for _, s in shapes]]
     words = {key: torch.tensor([WORDS[key].index(getattr(s, key)) for _, s in shapes])
@@ -427,7 +432,7 @@ def naming(
     "Which of these names belongs to the drawing?"
     side = seer.encoder.config.side
     views = [noun_view(n, 1_000_000 + i, style, side) for i, n in enumerate(known)]
-    said = seer.read(reader([named(n) for n in known]))
+    said = _read(seer, reader, [named(n) for n in known])
     return retrieval(look(seer, views)[0] @ said.T)
 
 # %% ../../nbs/29_seeing.ipynb #61450eac
@@ -478,7 +483,7 @@ def pair_figures(
 ) -> dict:          # r1, r5
     "Retrieval: which caption belongs to this picture?"
     one, _ = look(seer, [x for x, _ in pairs])
-    said = seer.read(reader([text for _, text in pairs]))
+    said = _read(seer, reader, [text for _, text in pairs])
     return dict(zip(("r1", "r5"), retrieval(one @ said.T)))
 
 # %% ../../nbs/29_seeing.ipynb #ownpics3
