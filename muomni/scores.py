@@ -25,7 +25,7 @@ from .audio import RATE
 from .config import SpeechConfig, config_from_dict, load_config
 from .data.corpus import corpus_items, speech_corpus
 from .data.scenes import draw
-from .data.sentences import some_voice
+from .data.sentences import all_words, some_voice
 from .data.synth import SpeechError
 from .data.words import NUMBERS
 from .data.world import Dialogue, make_dialogue
@@ -33,6 +33,7 @@ from .inference import Omni
 from .train.audio import (
     hear, letter_language, letter_reader, plain, scored_sounds, silence, word_errors)
 from .train.checkpoint import CheckpointError, find_checkpoint, is_trained
+from .train.codec import voice_sentences
 from .train.omni import Talk, dialogue_talk, heard_states, omni_answers
 from .train.talker import Speaker, speaking_scores
 from .train.text import grade
@@ -285,12 +286,14 @@ def speaking_card(
     split: str = "test",          # "valid" or "test"
     count: int = 40,              # sentences of each kind
     judge: Judge | None = None,   # None = the model's own ear, if it has one
+    said: frozenset = frozenset(),   # words spoken in training, see `speaking_scores`
 ) -> tuple[dict, dict]:           # the part of the card, its controls
     "What somebody else understands of the voice"
     speaker = Speaker(omni.tokenizer, omni.model.thinker, omni.codec, omni.talker,
                       omni.vocoder)
     ear = judge or _own_ear(omni)
-    scores = speaking_scores(speaker, ear, count, split, omni.voice)
+    scores = speaking_scores(speaker, ear, count, split, omni.voice, said)
+    new = {k: scores.pop(k) for k in ("open_new_words",) if k in scores}
     n = dict(world=scores.pop("n"), open=scores.pop("open_n"))
     ends, controls = scores.pop("ends_by_itself"), {}
     if judge or omni.hearer is not None:
@@ -299,7 +302,7 @@ def speaking_card(
         controls[f"speaking_{name}open_shuffled"] = scores.pop("open_control")
         scores = {name + key: value for key, value in scores.items()}
     else: scores = {}
-    return scores | dict(ends_by_itself=ends, n=n), controls
+    return scores | new | dict(ends_by_itself=ends, n=n), controls
 
 # %% ../nbs/40c_scores.ipynb #55b1fc2f
 def _own_ear(omni):
@@ -404,7 +407,8 @@ def _section(name, folder, omni, split, n, judge):
     if name == "hearing":
         return hearing_card(omni, _heard_in_training(folder), split, n["hearing"],
                             letter_language(n["letters"]))
-    if name == "speaking": return speaking_card(omni, split, n["speaking"], judge)
+    if name == "speaking":
+        return speaking_card(omni, split, n["speaking"], judge, _said_in_training(folder))
     if name == "omni": return omni_card(omni, split, n["omni"])
     if name == "speed":
         speed, aloud = reply_card(omni, split, n["replies"], judge)
@@ -422,6 +426,12 @@ def _heard_in_training(folder):
     except CheckpointError: return load_config("audio_enc_nano").data_params
     return config_from_dict(known["config"], "model_metadata.json",
                             stage="audio_enc").data_params
+
+def _said_in_training(folder):
+    "Every word that the voice has said in training"
+    known = find_checkpoint(Path(folder) / "talker")[1]
+    data = config_from_dict(known["config"], "model_metadata.json", stage="talker")
+    return all_words(voice_sentences(data.data_params))
 
 # %% ../nbs/40c_scores.ipynb #dbb2ceea
 _MADE_BY = dict(transcribe="audio", hear="audio", see="omni", speak="talker")
@@ -539,6 +549,8 @@ def _speaking_lines(s, c):
                          + ("" if own else f"; bar {_share(bar)}")))
             rows.append(("  control: another sentence",
                          _share(c[f"speaking_{own}{kind}shuffled"]), ""))
+    if "open_new_words" in s: rows.append(("  everyday words that training never said",
+                                           _share(s["open_new_words"]), ""))
     return rows + [("replies that end by themselves", _share(s["ends_by_itself"]),
                     f"bar {_share(BARS['ends'])}; {sum(s['n'].values())} sentences")]
 

@@ -37,7 +37,9 @@ def test_card(whole):
     from muomni.evaluate import evaluate, table
     from muomni.scores import Judge
     card = evaluate(whole, "valid", 2, judge=Judge(lambda wave: "3 red stars.", "test"))
-    assert json.loads((whole / "scorecard.json").read_text()) == card and card["missing"] == {}
+    assert json.loads((whole / "scorecard_judged.json").read_text()) == card and card["missing"] == {}
+    assert json.loads((whole / "omni" / "model_metadata.json").read_text())["scorecard_judged"] == card and not (whole / "scorecard.json").exists()
+    assert card["speaking"]["open_new_words"] >= 0.3333        # rounded
     for section, keys in NUMBERS.items():
         for key in keys: assert isinstance(card[section][key], float), (section, key)
         if section != "speed": assert all(n > 0 for n in card[section]["n"].values()), section

@@ -9,6 +9,7 @@ __all__ = ['DENSE', 'SORTS', 'NOISY', 'Talk', 'dialogue_talk', 'spoken_dialogue'
            'omni_exact', 'omni_task', 'part_sizes', 'save_omni', 'load_omni', 'train_omni']
 
 # %% ../../nbs/31_all_at_once.ipynb #a2d473ab
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,18 +123,26 @@ class Heard:
 @torch.no_grad()
 def heard_states(
     model: OmniModel,        # whose hearer listens, in eval mode
-    waves: list[Tensor],     # (samples,) each
+    waves: Sequence[Tensor],  # (samples,) each
     room: int = 12_000,      # mel frames that are heard together
+    frames: Sequence[int] | None = None,  # mel frames of each; None = listen and count
 ) -> list[Tensor]:           # (n, Da) states that were kept, of each
     "A state for each token that was heard; all states of a sound without words"
     out = [None] * len(waves)
-    for group in by_length([len(w) // HOP + 1 for w in waves], room):
+    if frames is None: frames = [len(w) // HOP + 1 for w in waves]
+    for group in by_length(frames, room):
         sounds = stack_waves([waves[i] for i in group], STEP)
         for i, states in zip(group, model.hear_states(*moved(sounds, home(model)))):
             out[i] = states.clone().cpu()  # a slice would keep all others alive
     return out
 
 # %% ../../nbs/31_all_at_once.ipynb #0b2c3871
+class _Waves:
+    "The waves of a corpus, each read when it is asked for: thousands fill a gigabyte"
+    def __init__(self, corpus): self.corpus = corpus
+    def __len__(self): return len(self.corpus)
+    def __getitem__(self, i): return self.corpus[i][0]
+
 def hear_split(
     model: OmniModel,        # whose hearer listens, in eval mode
     data: OmniDataConfig,    # how many sounds
@@ -145,7 +154,7 @@ def hear_split(
     spoken = speech_corpus(spoken_questions(data, split, voices), bar=bar)
     count = max(1, data.spoken // 4) if split == "train" else data.valid_dialogues
     noises = [sound_turn(i, split)[0] for i in range(count)]
-    return Heard(heard_states(model, [wave for wave, _ in spoken]),
+    return Heard(heard_states(model, _Waves(spoken), frames=spoken.frames),
                  heard_states(model, noises))
 
 # %% ../../nbs/31_all_at_once.ipynb #b20c003f

@@ -23,7 +23,7 @@ from ..audio import HOP, log_mel
 from ..codec import Codec
 from ..config import Config
 from ..data.corpus import SpeechCorpus
-from ..data.sentences import sentence
+from ..data.sentences import new_word_sentences, sentence
 from ..data.speech import say_many
 from ..data.words import NUMBERS
 from ..sampling import Sampling
@@ -396,12 +396,17 @@ def speaking_scores(
     count: int = 48,    # held-out sentences of each kind
     split: str = "test",       # "valid" or "test"
     s: Sampling = Sampling(),  # how codes are drawn
+    said: frozenset = frozenset(),   # words spoken in training; with some, a third of
+                                     # the words of each everyday sentence is new
 ) -> dict:   # shares and rates; open_ ones are of everyday sentences, n of each
     "What somebody else understands, beside reference, round trip and control"
-    kinds = {kind: [sentence(i, split, kind) for i in range(count)]
-             for kind in ("world", "everyday")}
-    world, free = (_kind_scores(speaker, judge, t, s) for t in kinds.values())
-    return dict(
+    texts = [sentence(i, split, "world") for i in range(count)]
+    other, new = [sentence(i, split, "everyday") for i in range(count)], {}
+    if said:
+        other, share = new_word_sentences(split, count, said)
+        new = dict(open_new_words=share)
+    world, free = (_kind_scores(speaker, judge, t, s) for t in (texts, other))
+    return new | dict(
         wer=world["wer"], wer_reference=world["reference"], wer_codec=world["codec"],
         open_wer=free["wer"], open_reference=free["reference"],
         open_codec=free["codec"], control=world["control"],
