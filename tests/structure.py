@@ -52,7 +52,7 @@ SAME_FLOOR = {
     "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni train.device",
     "train.omni": "train.loop train.checkpoint train.text train.audio train.vision train.device",
 }
-CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB = 30, 45, 400, 15     # a class has no half: its cell may be longer
+CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB, SHIPPED_MB = 30, 45, 400, 15, 25     # a class has no half: its cell may be longer
 EXPORTS = {"export", "exports", "exporti"}
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2705\u274c\u274e\u2728\u26a0\u2757\u2b50\ufe0f]")
 BAR = re.compile(r"\d+%\|[ \u2588-\u258f#]|\d(?:it/s|s/it)\]|\r(?!\n)")
@@ -338,9 +338,11 @@ def outputs(root):
 
 
 def sizes(root):
-    "Notebooks stay small enough to read, compare and clone"
+    "Notebooks and the shipped checkpoint stay small enough to read, compare and clone"
     kb = {p.name: p.stat().st_size / 1000 for p in (root / "nbs").glob("[!._]*.ipynb")}
     bad = [f"{n} has {k:.0f} KB, more than {NOTEBOOK_KB}: smaller or fewer pictures and sounds" for n, k in kb.items() if k > NOTEBOOK_KB]
+    shipped = sum(p.stat().st_size for p in own_files(root) if (root / "checkpoints") in p.parents) / 1e6
+    if shipped > SHIPPED_MB: bad.append(f"checkpoints/ holds {shipped:.1f} MB, more than {SHIPPED_MB}: git rm --cached what a training makes again")
     return bad + [f"all notebooks have {sum(kb.values()) / 1000:.1f} MB, more than {ALL_MB}"] * (sum(kb.values()) > 1000 * ALL_MB)
 
 

@@ -1,5 +1,5 @@
 """The rules of structure.py hold here, and each of them finds what it is there to find."""
-import json, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import check_site, pages, structure as S
@@ -37,6 +37,7 @@ PUBLIC = '#| exports\ndef double(\n    x: int,  # any number\n) -> int:  # twice
 def code(text, *outputs): return dict(cell_type="code", id=f"{abs(hash(text)) % 10**8:08d}", metadata={}, execution_count=None, outputs=list(outputs), source=text)
 def text(s): return dict(cell_type="markdown", id=f"{abs(hash(s)) % 10**8:08d}", metadata={}, source=s)
 def said(s, name="stdout"): return dict(output_type="stream", name=name, text=[s])
+def heavy(path): path.parent.mkdir(parents=True, exist_ok=True); path.touch(); os.truncate(path, 26_000_000)     # a hole: no bytes on disk
 def picture(): return dict(output_type="display_data", metadata={}, data={"image/png": PIXEL, "text/plain": ["<Figure>"]})
 
 
@@ -128,6 +129,7 @@ BREAKS = {
     "widget state": (S.outputs, "state of widgets", lambda r: add(r, widgets={"state": {}})),
     "never run": (S.outputs, "stores no output", lambda r: add(r, code("1 + 1"), name="08_new.ipynb")),
     "large": (S.sizes, "more than 400", lambda r: add(r, code("x", said("y" * 400_001)))),
+    "heavy weights": (S.sizes, "more than 25", lambda r: heavy(r / "checkpoints/nano/a.safetensors")),
     "no alt text": (S.alt_text, "fig-alt", lambda r: add(r, code("plot()", picture()))),
     "no alt text in a chapter": (S.alt_text, "without alt", lambda r: (r / "study/x.md").write_text("![](a.png)")),
     "emoji": (S.emoji, "emoji", lambda r: add(r, text("well done \U0001f389"))),
