@@ -293,16 +293,17 @@ def speaking_card(
                       omni.vocoder)
     ear = judge or _own_ear(omni)
     scores = speaking_scores(speaker, ear, count, split, omni.voice, said)
-    new = {k: scores.pop(k) for k in ("open_new_words",) if k in scores}
     n = dict(world=scores.pop("n"), open=scores.pop("open_n"))
-    ends, controls = scores.pop("ends_by_itself"), {}
+    unjudged = {k: scores.pop(k) for k in ("ends_by_itself", "open_new_words")
+                if k in scores}
+    controls = {}
     if judge or omni.hearer is not None:
         name = "" if judge else "own_ear_"
         controls[f"speaking_{name}shuffled"] = scores.pop("control")
         controls[f"speaking_{name}open_shuffled"] = scores.pop("open_control")
         scores = {name + key: value for key, value in scores.items()}
     else: scores = {}
-    return scores | new | dict(ends_by_itself=ends, n=n), controls
+    return scores | unjudged | dict(n=n), controls
 
 # %% ../nbs/40c_scores.ipynb #55b1fc2f
 def _own_ear(omni):

@@ -13,10 +13,14 @@ QUICK = dict(sequence=1024, batch_tokens=2048, steps=6, minutes=0, lr=0.02, prec
 HELD = dict(valid_tokens=100, valid_dialogues=1)
 
 
-def settings(**other):
-    "The words --set section.key=value ... of the small training"
-    sections = dict(model_params=SIZES, training_params={**QUICK, **other}, data_params=HELD)
+def sets(**sections):
+    "The words --set section.key=value ... of some sections"
     return [w for s, kv in sections.items() for k, v in kv.items() for w in ("--set", f"{s}.{k}={v}")]
+
+
+def settings(**other):
+    "Those of the small training"
+    return sets(model_params=SIZES, training_params={**QUICK, **other}, data_params=HELD)
 
 
 @functools.cache

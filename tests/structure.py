@@ -42,6 +42,7 @@ SAME_FLOOR = {
     "cli": "cli_senses cli_data",
     "cli_senses": "cli",
     "cli_data": "cli",
+    "train.group": "train.device",
     "train.checkpoint": "train.group",
     "train.optim": "train.group",
     "train.loop": "train.optim train.checkpoint train.group train.device",

@@ -3,9 +3,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file
-import test_own_data
-from muomni.train.device import home, pretended_gpu
-from small import call, few_texts, with_tokenizer
+from muomni.train.device import pretended_gpu
+from small import call, few_texts, sets, with_tokenizer
 from test_own_data import SMALL, STAGES, own       # `own` is a fixture: a file for each of the first stages
 
 QUICK = dict(steps=3, minutes=0, precision="float32", save_every=2, validate_every=3)
@@ -15,12 +14,11 @@ TOGETHER = dict(
 READ_BY_THE_THINKER = dict(captions="thinker")
 
 
-def train(stage, out, data=None):
+def train(stage, out, data=None, **other):
     model, settings, rest = (STAGES | TOGETHER)[stage]
     if stage == "vision": rest = rest | READ_BY_THE_THINKER
-    sections = dict(model_params=model, training_params=settings | QUICK, data_params=rest)
-    sets = [w for s, kv in sections.items() for k, v in kv.items() for w in ("--set", f"{s}.{k}={v}")]
-    return call("train", stage, *(["--data", data] if data else []), "--out", out, *sets)
+    own = ["--data", data] if data else []
+    return call("train", stage, *own, "--out", out, *sets(model_params=model, training_params=settings | QUICK | other, data_params=rest))
 
 
 def all_stages(out, own):
@@ -57,3 +55,12 @@ def test_it_was_there(own, tmp_path, stage, monkeypatch):
     with pretended_gpu():
         status, _, err = train(stage, with_tokenizer(tmp_path), own[stage])
     assert status == 1 and "same device" in err
+
+
+def test_the_model_comes_home_from_a_training_that_nobody_shared(own, tmp_path, monkeypatch):
+    "`shard` slices nothing where there is one process; what stage C does after its training is done on the CPU"
+    few_texts(monkeypatch)
+    monkeypatch.setitem(READ_BY_THE_THINKER, "captions", "simple")
+    with pretended_gpu():
+        status, _, err = train("vision", with_tokenizer(tmp_path), own["vision"], shard="true")
+    assert status == 0, err

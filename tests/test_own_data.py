@@ -6,7 +6,7 @@ from PIL import Image
 from muomni.data.batches import StreamBatches
 from muomni.data.rows import BadRows, DataError
 from muomni.data.stream import LineStream
-from small import SIZES, TEXTS, call, few_texts, make_checkpoint, one_line, with_tokenizer
+from small import SIZES, TEXTS, call, few_texts, make_checkpoint, one_line, sets, with_tokenizer
 
 TRAIN = dict(steps=17, minutes=0, precision="float32", save_every=5, validate_every=17)
 SMALL = dict(width=32, layers=1, heads=1, kv_heads=1, head_width=32, mlp_width=32)
@@ -47,9 +47,8 @@ def own(tmp_path_factory):
 
 def words(stage, data, out, **other):
     model, train, rest = STAGES[stage]
-    sections = dict(model_params=model, training_params={**TRAIN, **train, **other}, data_params=rest)
-    sets = [w for s, kv in sections.items() for k, v in kv.items() for w in ("--set", f"{s}.{k}={v}")]
-    return ["train", stage, "--data", data, "--out", out, *sets]
+    return ["train", stage, "--data", data, "--out", out,
+            *sets(model_params=model, training_params={**TRAIN, **train, **other}, data_params=rest)]
 
 
 def train(stage, data, out, stop=None, **other):

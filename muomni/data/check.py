@@ -27,9 +27,9 @@ from ..tokenizer import Tokenizer
 # %% ../../nbs/35p_check.ipynb #31199703
 from .make import open_folder, whole_file
 from .rows import LONGEST_ROW, DataError, file_inside, one_line, row_source
-from muomni.data.stream import (
-    IMAGE_COLUMNS, LONGEST_NAME, SOUND_COLUMNS, TEXT_COLUMNS, in_valid, plain_key,
-    text_of)
+from .stream import (
+    IMAGE_COLUMNS, LONGEST_NAME, SOUND_COLUMNS, TEXT_COLUMNS,
+    in_valid, plain_key, text_of)
 
 # %% ../../nbs/35p_check.ipynb #93792aec
 def _clean(text):

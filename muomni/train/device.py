@@ -9,7 +9,6 @@ __all__ = ['CPU', 'GPU', 'choose_device', 'home', 'moved', 'PretendGPU', 'preten
 import os
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
-from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -58,7 +57,8 @@ def _tensors(value):
         for v in value: yield from _tensors(v)
     elif isinstance(value, dict): yield from _tensors(list(value.values()))
 
-_MIXES = {"_has_compatible_shallow_copy_type", "copy_", "__set__", "__getitem__", "ctc_loss"}         # may meet both kinds
+_MIXES = {"copy_", "__set__", "__getitem__", "ctc_loss",           # may meet both kinds
+          "_has_compatible_shallow_copy_type"}                     # asked by Module.to
 
 # %% ../../nbs/36d_device.ipynb #b1986d70
 class PretendGPU(TorchFunctionMode):
@@ -71,8 +71,7 @@ class PretendGPU(TorchFunctionMode):
         x: Tensor,   # any
     ) -> bool:       # True: on the GPU that is none
         "What the label says"
-        storage = x.untyped_storage()
-        label = self.labels.get(storage.data_ptr())
+        label = self.labels.get(x.untyped_storage().data_ptr())
         return label is not None and not label.expired()
 
     def label(self,
@@ -130,6 +129,7 @@ def _move(mode, name, x, *args, **kwargs):
 @contextmanager
 def pretended_gpu():
     "A GPU that is none: the same numbers, and the same refusals"
+    from unittest.mock import patch               # trainings do without
     with (patch("torch.cuda.is_available", lambda: True),
           patch("torch.cuda.synchronize", lambda: None),
           patch("torch.Generator", _Dice), PretendGPU() as mode):

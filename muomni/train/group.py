@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from ..nn.block import Block
+from .device import choose_device, home
 
 # %% ../../nbs/36c_group.ipynb #1d4abfdc
 WAIT = timedelta(minutes=30)   # for the others; they may be validating
@@ -98,7 +99,7 @@ def join_group() -> Group:   # alone: Group(0, 1)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return Group()
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if cuda: torch.cuda.set_device(choose_device())
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
     return Group(dist.get_rank(), dist.get_world_size())
 
@@ -109,8 +110,7 @@ def shard(
     "Each process keeps a slice of every block: of weights, gradients and memories"
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(home(model).type, (dist.get_world_size(),))
     for block in [m for m in model.modules() if isinstance(m, Block)]:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
         block.set_gradient_divide_factor(1.0)           # sums, as everywhere on this page

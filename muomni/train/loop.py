@@ -305,7 +305,8 @@ def fit(
             _whole_step(run, show, logs)
         if p["step"] % config.save_every: _save(run)     # else it was saved just now
         run.group.wait()        # whoever ends first may end the others
-    if not config.shard: task.model.to("cpu")    # where the rest of a stage is done
+    whole = not config.shard or run.group.world == 1
+    if whole: task.model.to("cpu")    # where the rest of a stage is done
     if logs: plot_log(run.folder / "log.csv")
     if asked or p["step"] < p["plan"]: raise KeyboardInterrupt    # here, or elsewhere
     return run

@@ -400,13 +400,11 @@ def speaking_scores(
                                      # the words of each everyday sentence is new
 ) -> dict:   # shares and rates; open_ ones are of everyday sentences, n of each
     "What somebody else understands, beside reference, round trip and control"
-    texts = [sentence(i, split, "world") for i in range(count)]
-    other, new = [sentence(i, split, "everyday") for i in range(count)], {}
-    if said:
-        other, share = new_word_sentences(split, count, said)
-        new = dict(open_new_words=share)
-    world, free = (_kind_scores(speaker, judge, t, s) for t in (texts, other))
-    return new | dict(
+    def some(kind): return [sentence(i, split, kind) for i in range(count)]
+    other, new = (new_word_sentences(split, count, said) if said
+                  else (some("everyday"), None))
+    world, free = (_kind_scores(speaker, judge, t, s) for t in (some("world"), other))
+    return (dict(open_new_words=new) if said else {}) | dict(
         wer=world["wer"], wer_reference=world["reference"], wer_codec=world["codec"],
         open_wer=free["wer"], open_reference=free["reference"],
         open_codec=free["codec"], control=world["control"],
