@@ -307,6 +307,7 @@ class DataConfig:
     dialogue_share: float = 0.5   # share of the tokens that is dialogue, 0 to 1
     dialogue_weight: float = 0.6  # share of the loss that is dialogue, 0 to 1
     most_turns: int = 8           # longest dialogue in training, in turns
+    lesson_steps: int = 0         # steps of each lesson before all kinds are mixed
     valid_tokens: int = 40000     # tokens of real English in a validation
     valid_dialogues: int = 200    # dialogues answered in a validation
     files: str = ""               # your own text, in place of the English; see 35t
@@ -317,6 +318,8 @@ class DataConfig:
             share = getattr(self, key)
             _need(0 <= share <= 1, "data_params", key, share, "a share from 0 to 1")
         _need_positive(self, "data_params", "most_turns valid_tokens valid_dialogues")
+        _need(self.lesson_steps >= 0, "data_params", "lesson_steps", self.lesson_steps,
+              "0 or more")
 
 # %% ../nbs/34_config.ipynb #0af233c6
 @dataclass(frozen=True)

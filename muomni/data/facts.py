@@ -120,7 +120,7 @@ def _pair_facts(kind):
     "(i, j, first word, second word, answer) for questions about two things."
     n, ten, twenty = number_word, range(1, 11), range(1, 21)
     if kind == "sum":
-        return [(a, b, n(a), n(b), f"{n(a)} plus {n(b)} is {n(a + b)}.")
+        return [(a, b, n(a), n(b), f"{n(max(a, b))} plus {n(min(a, b))} is {n(a + b)}.")
                 for a in ten for b in ten]
     if kind == "compare":
         return [(a, b, n(a), n(b), f"{n(max(a, b))} is more.")

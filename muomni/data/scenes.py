@@ -105,7 +105,7 @@ class Shape:
 @dataclass(frozen=True)
 class Scene:
     "One to four shapes, in reading order, on a ground."
-    shapes: tuple  # of Shape, no two in one place, none twice in colour and kind
+    shapes: tuple  # of Shape, no two in one place, no two of a kind
     ground: str  # one of GROUNDS
     tone: int = 0  # which of the grey tones the ground has, 0 .. 5
     noise: int = 0  # seed of the ground's noise
@@ -124,11 +124,9 @@ def _roll_look(dice, split, shapes):
     while True:
         colour, kind = dice.pick(_pairs(split if own else "train"))
         if shapes and dice.chance(0.2):
-            kind = dice.pick(shapes)[1]
-        if shapes and dice.chance(0.2):
             colour = dice.pick(shapes)[0]
         fits = pair_split(colour, kind) in ("train", split)
-        if fits and (colour, kind) not in shapes:
+        if fits and all(kind != other for _, other in shapes):
             return colour, kind
 
 # %% ../../nbs/35f_scenes.ipynb #197723eb
@@ -169,8 +167,9 @@ def join_words(
 
 # %% ../../nbs/35f_scenes.ipynb #c0b71256
 def _thing(shape):
-    "A shape with its size and colour: `a big red star`."
-    return f"a {shape.size} {shape.colour} {shape.kind}"
+    "A shape and its place: `a star: a big red star on the left`."
+    look = f"{shape.size} {shape.colour} {shape.kind}"
+    return f"{article(shape.kind)} {shape.kind}: a {look} {PLACES[shape.place]}"
 
 # %% ../../nbs/35f_scenes.ipynb #b413b2cb
 def short_name(
@@ -183,10 +182,10 @@ def short_name(
 
 # %% ../../nbs/35f_scenes.ipynb #58c38918
 CAPTIONS = (
-    ("there is {things} on a {ground} ground.", "{thing} {place}"),
-    ("the picture shows {things}. the ground is {ground}.", "{thing} {place}"),
-    ("on a {ground} ground i see {things}.", "{place} {thing}"),
-    ("here is a {ground} picture with {things}.", "{thing} {place}"),
+    "there is {things} on a {ground} ground.",
+    "the picture shows {things}. the ground is {ground}.",
+    "on a {ground} ground i see {things}.",
+    "here is a {ground} picture with {things}.",
 )
 
 # %% ../../nbs/35f_scenes.ipynb #cccf6171
@@ -194,10 +193,8 @@ def caption(
     scene: Scene,  # what is to be described
 ) -> str:  # one or two sentences that hold everything a question can ask
     "A scene in words."
-    whole, part = CAPTIONS[scene.wording]
-    things = join_words(part.format(thing=_thing(s), place=PLACES[s.place])
-                   for s in scene.shapes)
-    return whole.format(things=things, ground=scene.ground)
+    things = join_words(map(_thing, scene.shapes))
+    return CAPTIONS[scene.wording].format(things=things, ground=scene.ground)
 
 # %% ../../nbs/35f_scenes.ipynb #0e4ba61f
 def _star_points(n, inner, turn=-90.0):

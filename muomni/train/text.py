@@ -19,7 +19,7 @@ from ..data.english import documents, fingerprint
 from ..data.packing import Batch, best_fit, pack_row, stack
 from ..data.rows import DataError
 from ..data.stream import LineStream, Stream
-from ..data.world import make_dialogue
+from ..data.world import LESSONS, make_dialogue
 from ..ngram import bits_per_byte
 from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM, thinker_loss
@@ -111,11 +111,13 @@ def dialogue_rows(
     row: int,               # T, tokens of a row
     pool: int,              # seeds that are ours; the next batch begins after them
     most: int = 4,          # longest dialogue, in turns
+    lesson: int | None = None,   # number of a lesson; None = all kinds, mixed
 ) -> list:                  # (ids, labels, document numbers) each, `count` of them
     "Fresh dialogues, as many as fit, packed by best-fit"
     chats, room = [], round(0.97 * count * row)     # best-fit leaves some gaps
     for seed in range(first, first + pool):
-        chat = encode_chat(tokenizer, make_dialogue(seed, most=most).messages())
+        dialogue = make_dialogue(seed, most=most, lesson=lesson)
+        chat = encode_chat(tokenizer, dialogue.messages())
         if len(chat[0]) > row: continue             # longer than any row: left out
         room -= len(chat[0])
         if chats and room < 0: break
@@ -138,6 +140,7 @@ class TextBatches:
     ):
         t, d = config.training_params, config.data_params
         self.tokenizer, self.row, self.most = tokenizer, t.sequence, d.most_turns
+        self.lesson = d.lesson_steps * t.accumulate   # micro-batches of a lesson
         rows = max(2, t.batch_tokens // t.sequence // t.accumulate)
         share = d.dialogue_share
         least, most = int(share > 0), rows - int(share < 1)   # a share is a row or more
@@ -158,8 +161,9 @@ class TextBatches:
         "The rows of micro-batch n"
         rows, E, D = [], self.english_rows, self.dialogue
         if E: rows += self.english.rows(n * E, E)
+        lesson = n // self.lesson if n < self.lesson * len(LESSONS) else None
         if D: rows += dialogue_rows(self.tokenizer, self.first + n * self.pool, D,
-                                    self.row, self.pool, self.most)
+                                    self.row, self.pool, self.most, lesson)
         return stack(rows)
 
 # %% ../../nbs/27_text.ipynb #130db9ac
