@@ -117,7 +117,7 @@ def _say_shape(dice, scene, shape, name=None):
     if sum(s.colour == shape.colour for s in scene.shapes) > 1:
         return None
     x = f"the {shape.colour} thing"
-    return {"x": x}, f"{x} is {article(shape.kind)} {shape.kind}.", [shape], shape
+    return {"x": x}, f"it is {short_name(shape, 'a')}.", [shape], shape
 
 # %% ../../nbs/35g_questions.ipynb #99981aa5
 def _say_size(dice, scene, shape, name=None):
@@ -139,19 +139,22 @@ _SAY_ONE = {"colour": _say_colour, "shape": _say_shape, "size": _say_size,
             "where": _say_where, "at_place": _say_at_place}
 
 # %% ../../nbs/35g_questions.ipynb #a60ec19b
+_COLUMNS = ("on the left", "in the middle", "on the right")
+_ROWS = ("at the top", "in the middle", "at the bottom")
 _SIDES = {
-    "left": lambda a, b: a.column < b.column,
-    "right": lambda a, b: a.column > b.column,
-    "above": lambda a, b: a.row < b.row,
-    "below": lambda a, b: a.row > b.row,
+    "left": lambda a, b: (_COLUMNS, a.column, b.column, a.column < b.column),
+    "right": lambda a, b: (_COLUMNS, a.column, b.column, a.column > b.column),
+    "above": lambda a, b: (_ROWS, a.row, b.row, a.row < b.row),
+    "below": lambda a, b: (_ROWS, a.row, b.row, a.row > b.row),
 }
 
 # %% ../../nbs/35g_questions.ipynb #07fee086
 def _say_side(kind, a, b):
-    "Is the first so to the second? Both places, and what follows."
-    end = _yes(_SIDES[kind](a, b))
-    x, y, at, by = _name(a), _name(b), PLACES[a.place], PLACES[b.place]
-    return {"x": x, "y": y}, f"{x} is {at} and {y} is {by}, so {end}.", [a, b], None
+    "Is the first so to the second? Columns or rows of both, and what follows."
+    x, y = _name(a), _name(b)
+    words, i, j, holds = _SIDES[kind](a, b)
+    answer = f"{x} is {words[i]} and {y} is {words[j]}, so {_yes(holds)}."
+    return {"x": x, "y": y}, answer, [a, b], None
 
 # %% ../../nbs/35g_questions.ipynb #86c616d5
 _TOO_OFTEN_NO = {"same_colour": 0.7, **dict.fromkeys(_SIDES, 0.45)}
@@ -167,7 +170,7 @@ def _say_count(kind, dice, scene, shape):
     found = [s for s in shapes if s.colour == colour]
     if not found:
         return {"x": colour}, f"there are no {colour} shapes.", shapes, None
-    seen = join_words(map(_name, found))
+    seen = join_words(map(short_name, found))
     focus = found[0] if len(found) == 1 else None
     return {"x": colour}, f"{seen}, so {number_word(len(found))}.", found, focus
 
