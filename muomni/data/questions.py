@@ -117,7 +117,7 @@ def _say_shape(dice, scene, shape, name=None):
     if sum(s.colour == shape.colour for s in scene.shapes) > 1:
         return None
     x = f"the {shape.colour} thing"
-    return {"x": x}, f"it is {short_name(shape, 'a')}.", [shape], shape
+    return {"x": x}, f"{x} is {_name(shape)}.", [shape], shape
 
 # %% ../../nbs/35g_questions.ipynb #99981aa5
 def _say_size(dice, scene, shape, name=None):
@@ -170,9 +170,10 @@ def _say_count(kind, dice, scene, shape):
     found = [s for s in shapes if s.colour == colour]
     if not found:
         return {"x": colour}, f"there are no {colour} shapes.", shapes, None
-    seen = join_words(map(short_name, found))
     focus = found[0] if len(found) == 1 else None
-    return {"x": colour}, f"{seen}, so {number_word(len(found))}.", found, focus
+    verb = "thing is" if focus else "things are"
+    seen, n = join_words(map(_name, found)), number_word(len(found))
+    return {"x": colour}, f"the {colour} {verb} {seen}, so {n}.", found, focus
 
 # %% ../../nbs/35g_questions.ipynb #730c7252
 def _say_exists(dice, scene, shape, split):

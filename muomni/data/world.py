@@ -60,11 +60,10 @@ def _about_words(dice, split, seed, most):
 
 # %% ../../nbs/35a_world.ipynb #3e2febd6
 LESSONS = (
-    ("colour",),
-    ("colour", "size", "where"),
-    ("colour", "size", "where", "shape", "at_place"),
-    ("colour", "size", "where", "shape", "at_place", "left", "right", "above", "below",
-     "bigger", "which_bigger", "same_colour", "exists"),
+    ("shape", "colour"),
+    ("shape", "colour", "count_colour", "size", "where", "at_place"),
+    ("shape", "colour", "count_colour", "size", "where", "at_place", "left", "right",
+     "above", "below", "bigger", "same_colour", "exists"),
     tuple(SCENE_KINDS),
 )
 
