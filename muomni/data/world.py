@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .facts import WORD_KINDS, word_texts, word_turn
-from .questions import SCENE_KINDS, scene_texts, scene_turn
+from .questions import ASKED, SCENE_KINDS, scene_texts, scene_turn
 from .scenes import Dice, caption, roll_scene
 
 # %% ../../nbs/35a_world.ipynb #2c469cd3
@@ -60,11 +60,11 @@ def _about_words(dice, split, seed, most):
 
 # %% ../../nbs/35a_world.ipynb #3e2febd6
 LESSONS = (
-    ("shape", "colour"),
-    ("shape", "colour", "count_colour", "size", "where", "at_place"),
-    ("shape", "colour", "count_colour", "size", "where", "at_place", "left", "right",
-     "above", "below", "bigger", "same_colour", "exists"),
-    tuple(SCENE_KINDS),
+    ("colour", "shape", "shape"),
+    ("colour", "shape", "shape", "count_colour", "size", "where", "at_place"),
+    ("colour", "shape", "shape", "count_colour", "size", "where", "at_place",
+     "left", "right", "above", "below", "bigger", "same_colour", "exists"),
+    ASKED,
 )
 
 # %% ../../nbs/35a_world.ipynb #c7e99dc2
