@@ -193,7 +193,7 @@ def caption(
     scene: Scene,  # what is to be described
 ) -> str:  # one or two sentences that hold everything a question can ask
     "A scene in words."
-    things = join_words(map(_thing, scene.shapes))
+    things = " and ".join(map(_thing, scene.shapes))
     return CAPTIONS[scene.wording].format(things=things, ground=scene.ground)
 
 # %% ../../nbs/35f_scenes.ipynb #0e4ba61f
