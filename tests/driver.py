@@ -3,6 +3,8 @@
 KILL_STEP=n     ends the process before step n by SIGNAL (9 = as a power cut, 2 = as Ctrl-C)
 KILL_RANK=n     of several processes only this one
 KILL_WRITE=n    ends it in the middle of writing state.pt for the n-th time
+KILL_PARENT=1   it is the parent that ends there
+APART=1         as a stage of `train all`
 SLOW_ANSWER=1   answers come slowly and never end: for Ctrl-C in a conversation"""
 import os, signal, sys, time
 if hasattr(os, "sched_setaffinity") and "RANK" not in os.environ: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -16,7 +18,9 @@ def kill_at_step(n, number):
     import muomni.train.loop as loop
     step = loop.one_step
     def one_step(run):
-        if run.progress["step"] == n: os.kill(os.getpid(), number)
+        if run.progress["step"] == n:
+            os.kill(os.getppid() if "KILL_PARENT" in os.environ else os.getpid(), number)
+            time.sleep(0.5)                 # until a stage has heard of it
         return step(run)
     loop.one_step = one_step
 
@@ -48,5 +52,5 @@ if __name__ == "__main__":
     if "KILL_STEP" in os.environ and killed: kill_at_step(int(os.environ["KILL_STEP"]), int(os.environ.get("SIGNAL", 9)))
     if "KILL_WRITE" in os.environ: kill_in_write(int(os.environ["KILL_WRITE"]))
     if "SLOW_ANSWER" in os.environ: slow_answers()
-    from muomni.cli import main
-    sys.exit(main())
+    from muomni.cli import main, stage_of_all
+    sys.exit(stage_of_all() if "APART" in os.environ else main())

@@ -1,5 +1,5 @@
 """The command line as a user meets it: results, remarks, exit statuses, help, a conversation at a terminal."""
-import json, os, re, shlex, signal, subprocess, sys, time
+import contextlib, json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import muomni
@@ -48,7 +48,13 @@ def test_wrong_use():
 def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, status, told):
     "In their order, with their share of the minutes; what ends one ends the command, and Ctrl-C is as it was"
     started, before = [], signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(subprocess, "run", lambda words: started.append(words) or subprocess.CompletedProcess(words, ends))
+    class Child(contextlib.nullcontext):
+        def __init__(self, words, stdin):
+            started.append(words)
+            assert stdin == subprocess.PIPE             # at whose end the stage stops
+            super().__init__(self)
+        def wait(self): return ends
+    monkeypatch.setattr(subprocess, "Popen", Child)
     result = call("train", "all", "--minutes", "6", "--out", tmp_path)
     assert result[:2] == (status, "") and told in result[2] and signal.getsignal(signal.SIGINT) is before
     parsed = [cli.parser().parse_args(words[3:]) for words in started]

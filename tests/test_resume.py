@@ -1,8 +1,8 @@
 """A training that was killed and started again ends with the weights of one that never stopped, bit for bit."""
-import os, signal
+import os, signal, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
-from small import call, content, driven_child, few_texts, settings, with_tokenizer
+from small import HERE, call, child_environment, content, driven_child, few_texts, settings, with_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,12 @@ def test_pictures(tmp_path):
     assert torch.load(twice / "vision" / "state.pt", weights_only=True)["progress"]["step"] == 2
     again = seeing(twice)
     assert weights.keys() == again.keys() and all(torch.equal(weights[k], again[k]) for k in weights)
+
+
+def test_a_stage_ends_with_the_command_that_started_it(straight, folder):
+    "`train all` is killed, which nobody can catch; its stage does not train on unseen, but saves and stops"
+    parent = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
+    words = [sys.executable, "-c", parent, sys.executable, HERE / "driver.py", "train", "text", *settings(), "--out", folder]
+    ended = subprocess.run(words, env=child_environment(APART=1, KILL_PARENT=1, KILL_STEP=3), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL and "the same command goes on" in ended.stderr.splitlines()[-1]
+    same(go_on(folder, 4), straight)

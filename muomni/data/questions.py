@@ -93,7 +93,7 @@ SCENE_KINDS = {
 }
 
 # %% ../../nbs/35g_questions.ipynb #ccddfd85
-ASKED = (*SCENE_KINDS, *2 * ("shape", "count_colour"))
+ASKED = (*SCENE_KINDS, "shape", "where")
 
 # %% ../../nbs/35g_questions.ipynb #331cfbce
 @lru_cache(None)
