@@ -3,8 +3,7 @@
 KILL_STEP=n     ends the process before step n by SIGNAL (9 = as a power cut, 2 = as Ctrl-C)
 KILL_RANK=n     of several processes only this one
 KILL_WRITE=n    ends it in the middle of writing state.pt for the n-th time
-KILL_PARENT=1   it is the parent that ends there
-APART=1         as a stage of `train all`
+KILL_PARENT=n   this is a stage of `train all`, which is killed before step n
 SLOW_ANSWER=1   answers come slowly and never end: for Ctrl-C in a conversation"""
 import os, signal, sys, time
 if hasattr(os, "sched_setaffinity") and "RANK" not in os.environ: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -18,11 +17,25 @@ def kill_at_step(n, number):
     import muomni.train.loop as loop
     step = loop.one_step
     def one_step(run):
-        if run.progress["step"] == n:
-            os.kill(os.getppid() if "KILL_PARENT" in os.environ else os.getpid(), number)
-            time.sleep(0.5)                 # until a stage has heard of it
+        if run.progress["step"] == n: os.kill(os.getpid(), number)
         return step(run)
     loop.one_step = one_step
+
+
+def kill_parent_at_step(n):
+    "Goes on as soon as the stage has heard of it"
+    import _thread, threading
+    import muomni.train.loop as loop
+    step, interrupt, heard = loop.one_step, _thread.interrupt_main, threading.Event()
+    def interrupt_main():
+        interrupt()
+        heard.set()
+    def one_step(run):
+        if run.progress["step"] == n:
+            os.kill(os.getppid(), signal.SIGKILL)
+            heard.wait(30)
+        return step(run)
+    _thread.interrupt_main, loop.one_step = interrupt_main, one_step
 
 
 def kill_in_write(n):
@@ -50,7 +63,8 @@ def slow_answers():
 if __name__ == "__main__":
     killed = os.environ.get("KILL_RANK", "") in ("", os.environ.get("RANK"))
     if "KILL_STEP" in os.environ and killed: kill_at_step(int(os.environ["KILL_STEP"]), int(os.environ.get("SIGNAL", 9)))
+    if "KILL_PARENT" in os.environ: kill_parent_at_step(int(os.environ["KILL_PARENT"]))
     if "KILL_WRITE" in os.environ: kill_in_write(int(os.environ["KILL_WRITE"]))
     if "SLOW_ANSWER" in os.environ: slow_answers()
-    from muomni.cli import main, stage_of_all
-    sys.exit(stage_of_all() if "APART" in os.environ else main())
+    from muomni.cli import main, _stage_of_all
+    sys.exit(_stage_of_all() if "KILL_PARENT" in os.environ else main())

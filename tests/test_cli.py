@@ -51,7 +51,7 @@ def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, stat
     class Child(contextlib.nullcontext):
         def __init__(self, words, stdin):
             started.append(words)
-            assert stdin == subprocess.PIPE             # at whose end the stage stops
+            assert stdin == subprocess.PIPE and "_stage_of_all()" in words[2]     # which stops at the pipe's end
             super().__init__(self)
         def wait(self): return ends
     monkeypatch.setattr(subprocess, "Popen", Child)

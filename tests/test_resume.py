@@ -147,6 +147,6 @@ def test_a_stage_ends_with_the_command_that_started_it(straight, folder):
     "`train all` is killed, which nobody can catch; its stage does not train on unseen, but saves and stops"
     parent = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
     words = [sys.executable, "-c", parent, sys.executable, HERE / "driver.py", "train", "text", *settings(), "--out", folder]
-    ended = subprocess.run(words, env=child_environment(APART=1, KILL_PARENT=1, KILL_STEP=3), capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(words, env=child_environment(KILL_PARENT=3), capture_output=True, text=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL and "the same command goes on" in ended.stderr.splitlines()[-1]
     same(go_on(folder, 4), straight)
