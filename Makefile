@@ -43,7 +43,7 @@ omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 35
 	$(BIN)/muomni train all --preset nano --out checkpoints/nano $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/muomni eval
 	$(BIN)/muomni chat --text "hello."
-	$(BIN)/muomni chat --text "here is a plain picture with a star, a small red star on the left and a circle, a big blue circle in the middle. what colour is the star?"
+	$(BIN)/muomni chat --text "here is a plain picture with a star, a small red star in the top left and a circle, a big blue circle in the middle right. what colour is the star?"
 	$(BIN)/muomni chat --image data/examples/sample_image.png --text "what do you see?" --speak checkpoints/nano/answer.wav
 
 test: $(VENV)/.muomni-dev  ## all checks: structure, notebooks, pytest, site; ends on "N passed, N failed"

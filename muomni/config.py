@@ -308,6 +308,7 @@ class DataConfig:
     dialogue_weight: float = 0.6  # share of the loss that is dialogue, 0 to 1
     most_turns: int = 8           # longest dialogue in training, in turns
     lesson_steps: int = 0         # steps of each lesson before all kinds are mixed
+    english_from: int = 0         # step from which on there is English beside dialogues
     valid_tokens: int = 40000     # tokens of real English in a validation
     valid_dialogues: int = 200    # dialogues answered in a validation
     files: str = ""               # your own text, in place of the English; see 35t
@@ -318,8 +319,8 @@ class DataConfig:
             share = getattr(self, key)
             _need(0 <= share <= 1, "data_params", key, share, "a share from 0 to 1")
         _need_positive(self, "data_params", "most_turns valid_tokens valid_dialogues")
-        _need(self.lesson_steps >= 0, "data_params", "lesson_steps", self.lesson_steps,
-              "0 or more")
+        for key in ("lesson_steps", "english_from"):
+            _need(getattr(self, key) >= 0, "data_params", key, getattr(self, key), "0 or more")
 
 # %% ../nbs/34_config.ipynb #0af233c6
 @dataclass(frozen=True)

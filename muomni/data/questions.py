@@ -12,7 +12,8 @@ from functools import lru_cache
 from .scenes import (
     CAPTIONS, Dice, Scene, Shape, is_held_out, join_words, pair_split, short_name)
 from .words import (
-    COLOURS, GROUNDS, NUMBERS, PLACES, SHAPES, SIZES, article, number_word, plural)
+    COLOURS, COLUMNS, GROUNDS, NUMBERS, PLACES, ROWS, SHAPES, SIZES, article,
+    number_word, plural)
 
 # %% ../../nbs/35g_questions.ipynb #0ae227bc
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ SCENE_KINDS = {
 }
 
 # %% ../../nbs/35g_questions.ipynb #ccddfd85
-ASKED = (*SCENE_KINDS, "shape", "where")
+ASKED = (*SCENE_KINDS, "shape", "where", "count_colour", "exists", "same_colour")
 
 # %% ../../nbs/35g_questions.ipynb #331cfbce
 @lru_cache(None)
@@ -142,13 +143,11 @@ _SAY_ONE = {"colour": _say_colour, "shape": _say_shape, "size": _say_size,
             "where": _say_where, "at_place": _say_at_place}
 
 # %% ../../nbs/35g_questions.ipynb #a60ec19b
-_COLUMNS = ("on the left", "in the middle", "on the right")
-_ROWS = ("at the top", "in the middle", "at the bottom")
 _SIDES = {
-    "left": lambda a, b: (_COLUMNS, a.column, b.column, a.column < b.column),
-    "right": lambda a, b: (_COLUMNS, a.column, b.column, a.column > b.column),
-    "above": lambda a, b: (_ROWS, a.row, b.row, a.row < b.row),
-    "below": lambda a, b: (_ROWS, a.row, b.row, a.row > b.row),
+    "left": lambda a, b: (COLUMNS, a.column, b.column, a.column < b.column),
+    "right": lambda a, b: (COLUMNS, a.column, b.column, a.column > b.column),
+    "above": lambda a, b: (ROWS, a.row, b.row, a.row < b.row),
+    "below": lambda a, b: (ROWS, a.row, b.row, a.row > b.row),
 }
 
 # %% ../../nbs/35g_questions.ipynb #07fee086
@@ -156,7 +155,8 @@ def _say_side(kind, a, b):
     "Is the first so to the second? Columns or rows of both, and what follows."
     x, y = _name(a), _name(b)
     words, i, j, holds = _SIDES[kind](a, b)
-    answer = f"{x} is {words[i]} and {y} is {words[j]}, so {_yes(holds)}."
+    answer = (f"{x} is at the {words[i]} and {y} is at the {words[j]}, "
+              f"so {_yes(holds)}.")
     return {"x": x, "y": y}, answer, [a, b], None
 
 # %% ../../nbs/35g_questions.ipynb #86c616d5
@@ -171,12 +171,9 @@ def _say_count(kind, dice, scene, shape):
         return {}, f"there {verb}.", shapes, shapes[0] if alone else None
     colour = shape.colour if dice.chance(0.9) else dice.pick(COLOURS)
     found = [s for s in shapes if s.colour == colour]
-    if not found:
-        return {"x": colour}, f"there are no {colour} shapes.", shapes, None
-    focus = found[0] if len(found) == 1 else None
-    verb = "thing is" if focus else "things are"
-    seen, n = join_words(map(_name, found)), number_word(len(found))
-    return {"x": colour}, f"the {colour} {verb} {seen}, so {n}.", found, focus
+    names = [short_name(s, "a") for s in found] or [f"no {colour} shapes"]
+    answer = f"i see {join_words(names)}, so {number_word(len(found))}."
+    return {"x": colour}, answer, found or shapes, found[0] if len(found) == 1 else None
 
 # %% ../../nbs/35g_questions.ipynb #730c7252
 def _say_exists(dice, scene, shape, split):

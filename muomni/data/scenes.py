@@ -167,7 +167,7 @@ def join_words(
 
 # %% ../../nbs/35f_scenes.ipynb #c0b71256
 def _thing(shape):
-    "A shape and its place: `a star, a big red star on the left`."
+    "A shape and its place: `a star, a big red star in the top left`."
     look = f"{shape.size} {shape.colour} {shape.kind}"
     return f"{article(shape.kind)} {shape.kind}, a {look} {PLACES[shape.place]}"
 

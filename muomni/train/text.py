@@ -140,13 +140,14 @@ class TextBatches:
     ):
         t, d = config.training_params, config.data_params
         self.tokenizer, self.row, self.most = tokenizer, t.sequence, d.most_turns
-        self.lesson = d.lesson_steps * t.accumulate   # micro-batches of a lesson
+        self.lesson, self.wait = (t.accumulate * steps for steps in
+                                  (d.lesson_steps, d.english_from))   # in micro-batches
         rows = max(2, t.batch_tokens // t.sequence // t.accumulate)
         share = d.dialogue_share
         least, most = int(share > 0), rows - int(share < 1)   # a share is a row or more
         self.dialogue = max(least, min(most, round(rows * share)))
         self.english_rows = rows - self.dialogue
-        self.pool = self.dialogue * t.sequence // 8   # a dialogue has over 8 tokens
+        self.pool = rows * t.sequence // 8            # a dialogue has over 8 tokens
         self.first = t.seed * 50_000_000              # another seed, other dialogues
         self.english = None
         if lines and self.english_rows:
@@ -160,6 +161,7 @@ class TextBatches:
     ) -> Batch:   # (B, T) three times
         "The rows of micro-batch n"
         rows, E, D = [], self.english_rows, self.dialogue
+        if D and n < self.wait: E, D = 0, E + D
         if E: rows += self.english.rows(n * E, E)
         lesson = n // self.lesson if n < self.lesson * len(LESSONS) else None
         if D: rows += dialogue_rows(self.tokenizer, self.first + n * self.pool, D,
