@@ -120,8 +120,8 @@ def _say_colour(dice, scene, shape, name=None):
 def _say_shape(dice, scene, shape, name=None):
     if sum(s.colour == shape.colour for s in scene.shapes) > 1:
         return None
-    x = f"the {shape.colour} thing"
-    return {"x": x}, f"{x} is {_name(shape)}.", [shape], shape
+    answer = f"what is {shape.colour} is {_name(shape)}."
+    return {"x": f"the {shape.colour} thing"}, answer, [shape], shape
 
 # %% ../../nbs/35g_questions.ipynb #99981aa5
 def _say_size(dice, scene, shape, name=None):
@@ -171,8 +171,8 @@ def _say_count(kind, dice, scene, shape):
         return {}, f"there {verb}.", shapes, shapes[0] if alone else None
     colour = shape.colour if dice.chance(0.9) else dice.pick(COLOURS)
     found = [s for s in shapes if s.colour == colour]
-    names = [short_name(s, "a") for s in found] or [f"no {colour} shapes"]
-    answer = f"i see {join_words(names)}, so {number_word(len(found))}."
+    seen = f"what is {colour} is {join_words(map(_name, found))}" if found else f"nothing is {colour}"
+    answer = f"{seen}, so {number_word(len(found))}."
     return {"x": colour}, answer, found or shapes, found[0] if len(found) == 1 else None
 
 # %% ../../nbs/35g_questions.ipynb #730c7252
