@@ -171,9 +171,11 @@ def _say_count(kind, dice, scene, shape):
         return {}, f"there {verb}.", shapes, shapes[0] if alone else None
     colour = shape.colour if dice.chance(0.9) else dice.pick(COLOURS)
     found = [s for s in shapes if s.colour == colour]
-    seen = f"what is {colour} is {join_words(map(_name, found))}" if found else f"nothing is {colour}"
-    answer = f"{seen}, so {number_word(len(found))}."
-    return {"x": colour}, answer, found or shapes, found[0] if len(found) == 1 else None
+    if not found:
+        return {"x": colour}, f"nothing is {colour}, so zero.", shapes, None
+    seen, n = join_words(map(_name, found)), number_word(len(found))
+    focus = found[0] if len(found) == 1 else None
+    return {"x": colour}, f"what is {colour} is {seen}, so {n}.", found, focus
 
 # %% ../../nbs/35g_questions.ipynb #730c7252
 def _say_exists(dice, scene, shape, split):
