@@ -11,9 +11,9 @@ from functools import lru_cache
 
 from .scenes import (
     CAPTIONS, Dice, Scene, Shape, is_held_out, join_words, pair_split, short_name)
-from .words import (
-    COLOURS, COLUMNS, GROUNDS, NUMBERS, PLACES, ROWS, SHAPES, SIZES, article,
-    number_word, plural)
+from muomni.data.words import (
+    COLOURS, COLUMNS, GROUNDS, NUMBERS, PLACES, ROWS, SHAPES, SIZES, number_word,
+    plural)
 
 # %% ../../nbs/35g_questions.ipynb #0ae227bc
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def scene_turn(
 # %% ../../nbs/35g_questions.ipynb #9cb0ba7a
 _FRAME_WORDS = """the a an is are i see there one yes no nothing both they same size
  not shape shapes ground and it bigger biggest smallest left right of above below
- thing so"""
+ at thing so what"""
 
 # %% ../../nbs/35g_questions.ipynb #c7ce2e52
 def scene_texts() -> list:
