@@ -10,7 +10,7 @@ SENTENCE = "The cat sat on the mat, and the dog looked at the cat for a long tim
 TEXTS = {split: {f"{split}.{i}": [SENTENCE * 30] for i in range(2)} for split in ("train", "valid", "test")}
 SIZES = dict(vocab_size=400, width=32, layers=1, heads=2, kv_heads=1, head_width=16, mlp_width=32, context=1024)
 QUICK = dict(sequence=1024, batch_tokens=2048, steps=6, minutes=0, lr=0.02, precision="float32", save_every=2, validate_every=100)
-HELD = dict(valid_tokens=100, valid_dialogues=1)
+HELD = dict(valid_tokens=100, valid_dialogues=1, lesson_steps=1, english_from=3)   # a kill falls among lessons or at their end
 
 
 def sets(**sections):

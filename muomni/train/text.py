@@ -140,8 +140,8 @@ class TextBatches:
     ):
         t, d = config.training_params, config.data_params
         self.tokenizer, self.row, self.most = tokenizer, t.sequence, d.most_turns
-        self.lesson, self.wait = (t.accumulate * steps for steps in
-                                  (d.lesson_steps, d.english_from))   # in micro-batches
+        self.lesson = d.lesson_steps * t.accumulate   # micro-batches of a lesson
+        self.wait = 0 if lines else d.english_from * t.accumulate   # yours comes at once
         rows = max(2, t.batch_tokens // t.sequence // t.accumulate)
         share = d.dialogue_share
         least, most = int(share > 0), rows - int(share < 1)   # a share is a row or more
