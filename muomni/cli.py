@@ -209,7 +209,9 @@ def _stage_of_all(
 ) -> int:   # exit status
     "A stage that `train all` has started; it saves and stops when that is gone"
     import _thread
+    import signal
     import threading
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a job behind `&` begins deaf
     def wait():
         os.read(0, 1)                # nothing ever comes; it returns at the end of the pipe
         _thread.interrupt_main()

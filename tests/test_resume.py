@@ -1,5 +1,5 @@
 """A training that was killed and started again ends with the weights of one that never stopped, bit for bit."""
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 import pytest, torch
 from safetensors.torch import load_file
 from small import HERE, call, child_environment, content, driven_child, few_texts, settings, with_tokenizer
@@ -150,3 +150,15 @@ def test_a_stage_ends_with_the_command_that_started_it(straight, folder):
     ended = subprocess.run(words, env=child_environment(KILL_PARENT=3), capture_output=True, text=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL and "the same command goes on" in ended.stderr.splitlines()[-1]
     same(go_on(folder, 4), straight)
+
+
+def test_a_stage_behind_an_ampersand_hears_the_end_too(tmp_path):
+    "A shell lets its background jobs ignore Ctrl-C; before the first step, nothing but this makes a stage hear again"
+    code = ("import pathlib, sys, time, muomni.cli as cli\ndef main():\n    pathlib.Path(sys.argv[1]).touch()\n"
+            "    while True: time.sleep(0.01)\ncli.main = main; cli._stage_of_all()")
+    deaf = f"trap '' INT; exec {sys.executable} -c \"$1\" \"$2\""
+    with subprocess.Popen(["bash", "-c", deaf, "-", code, str(tmp_path / "on")], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment()) as stage:
+        while not (tmp_path / "on").exists() and stage.poll() is None: time.sleep(0.05)
+        try: _, said = stage.communicate(timeout=60)          # which ends the pipe
+        finally: stage.kill()
+    assert stage.returncode and b"KeyboardInterrupt" in said
