@@ -11,9 +11,8 @@ from functools import lru_cache
 
 from .scenes import (
     CAPTIONS, Dice, Scene, Shape, is_held_out, join_words, pair_split, short_name)
-from muomni.data.words import (
-    COLOURS, COLUMNS, GROUNDS, NUMBERS, PLACES, ROWS, SHAPES, SIZES, number_word,
-    plural)
+from .words import (
+    COLOURS, COLUMNS, GROUNDS, NUMBERS, PLACES, ROWS, SHAPES, SIZES, number_word, plural)
 
 # %% ../../nbs/35g_questions.ipynb #0ae227bc
 @dataclass(frozen=True)
