@@ -554,7 +554,7 @@ def _add_train(sub):
     p.add_argument("stage", choices=[*ORDER, "all"],
                    help="text: the Thinker; audio: it hears; vision: it sees; omni: all "
                    "at once; codec: sound as codes; talker: it speaks; all: one after "
-                   "the other (default budget: under 40 minutes on two cores)")
+                   "the other (default budget: 40 minutes of training on two cores)")
     p.add_argument("--preset", choices=["nano", "tiny"], default="nano",
                    help="nano: a laptop; tiny: 20 M parameters, for a long run (default: %(default)s)")
     p.add_argument("--config", metavar="FILE", help="a JSON config in place of the preset's")

@@ -280,7 +280,9 @@ class OmniTalks:
         number: int,   # 0, 1, 2, ...
     ) -> Talk:         # a pure function of both
         "Conversation number so and so: told, shown or heard"
-        if sort == "sound" and number % NOISY == 0: return self._noise(number // NOISY)
+        if sort == "sound":
+            number, rest = divmod(number, NOISY)
+            if rest == 0: return self._noise(number)
         seen, heard = sort in ("picture", "both"), sort in ("sound", "both")
         while True:
             at = number % len(self.heard.spoken) if heard else number
@@ -382,12 +384,13 @@ def omni_questions(
     places: int = 0,         # of a picture; 0 = the scene is told in words
     sounds: list | None = None,  # heard states of the spoken questions of this split
     scenes: bool = True,     # only questions about a scene
+    most: int = 6,           # turns of the longest dialogue whose question was spoken
 ) -> list[tuple[Talk, str, str]]:   # prompt, right answer, kind of question
     "Held-out questions, seen or heard"
     out, seed = [], 0
-    make = make_dialogue if sounds is None else spoken_dialogue
     while len(out) < count and (sounds is None or seed < len(sounds)):
-        d, sound = make(seed, split), None if sounds is None else sounds[seed]
+        if sounds is None: d, sound = make_dialogue(seed, split), None
+        else: d, sound = spoken_dialogue(seed, split, most), sounds[seed]
         seed += 1
         if scenes and d.scene is None: continue
         for i in range(len(d.turns) if sound is None else 1):
@@ -457,7 +460,7 @@ def omni_task(
     batches = OmniBatches(tokenizer, config, heard["train"], model.picture_places, side,
                           docs)
     english, row = batches.rows["english"], config.training_params.sequence
-    exams = _exams(tokenizer, d.valid_dialogues, model.picture_places, heard["valid"])
+    exams = _exams(tokenizer, d, model.picture_places, heard["valid"])
     held = some_english(4 * d.valid_tokens)
     def loss(m, b): return omni_loss(m, b, english)
     def weight(b): return int((b.labels != -100).sum())
@@ -469,13 +472,15 @@ def omni_task(
     return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "both")
 
 # %% ../../nbs/31_all_at_once.ipynb #96880167
-def _exams(tokenizer, n, places, heard):
+def _exams(tokenizer, data, places, heard):
     "Held-out questions: read, seen, heard, both, and about noises"
+    n = data.valid_dialogues
+    spoken = dict(sounds=heard.spoken, most=data.most_turns)
     return dict(
         text=omni_questions(tokenizer, "valid", n, scenes=False),
         picture=omni_questions(tokenizer, "valid", n, places),
-        sound=omni_questions(tokenizer, "valid", n, sounds=heard.spoken, scenes=False),
-        both=omni_questions(tokenizer, "valid", n, places, heard.spoken),
+        sound=omni_questions(tokenizer, "valid", n, scenes=False, **spoken),
+        both=omni_questions(tokenizer, "valid", n, places, **spoken),
         noise=noise_questions(tokenizer, "valid", heard.noises[:n]))
 
 # %% ../../nbs/31_all_at_once.ipynb #aa6e12c8
