@@ -270,12 +270,23 @@ def _sampling(args):
     try: return Sampling(args.temperature, seed=args.seed, max_tokens=args.max_tokens)
     except ValueError as e: raise Misuse(f"--{e}") from None
 
+# %% ../nbs/38_cli.ipynb #38thinkr
+def _thinker(folder):
+    "The Thinker as stage E left it, or stage A where E is still to come; its tokenizer"
+    from muomni.train.checkpoint import is_trained
+    if is_trained(Path(folder) / "omni"):
+        from muomni.inference import Omni
+        omni = Omni.load(folder)
+        return omni.model.thinker, omni.tokenizer
+    from muomni.chat import load_thinker
+    return load_thinker(folder)[:2]
+
 # %% ../nbs/38_cli.ipynb #7bde3d19
 def _chat(args):
     "The model of --checkpoint, ready to talk"
-    from muomni.chat import Chat, load_thinker
+    from muomni.chat import Chat
     sampling = _sampling(args)
-    model, tokenizer, _ = load_thinker(args.checkpoint)
+    model, tokenizer = _thinker(args.checkpoint)
     context = model.config.context
     if args.max_tokens > context // 2:
         raise Misuse(f"--max-tokens is {args.max_tokens}: question and answer share a "

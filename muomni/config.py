@@ -124,7 +124,7 @@ class TrainConfig:
     "How a stage is trained."
     minutes: float = 8.0       # budget of training time; 0 = no limit
     steps: int = 2000          # optimizer steps; the schedule ends here
-    batch_tokens: int = 8192   # tokens in an optimizer step
+    batch_tokens: int = 8192   # tokens in an optimizer step (or mel frames, pictures, letters)
     sequence: int = 512        # T, tokens in a packed row
     accumulate: int = 1        # micro-batches in an optimizer step
     optimizer: str = "muon"    # "muon" or "adamw"
@@ -328,8 +328,8 @@ class SpeechConfig:
     "What the stages that hear or speak are trained on."
     sentences: int = 6000       # sounds made before training; batches draw from them
     world: float = 0.5          # share of sentences from the world, 0 to 1
-    everyday: float = 0.25      # share of everyday sentences; the rest is documentation
-    augment: float = 0.7        # share of the sounds that are changed, 0 to 1
+    everyday: float = 0.25      # share of everyday sentences; the rest: documentation, for a voice loose words too
+    augment: float = 0.7        # share of the sounds that are changed before they are heard, 0 to 1
     valid_sentences: int = 200  # sentences in a validation
     files: str = ""             # your own sounds, in place of all sentences; see 35t
 

@@ -9,6 +9,7 @@ __all__ = ['swapped', 'chance', 'ngram_bits', 'ngram_exact', 'text_scores', 'mac
 import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -23,7 +24,8 @@ from .ngram import NGram, bits_per_byte
 from .scores import part_parameters, sense_lines, sense_scores
 from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, encode_chat
-from .train.checkpoint import find_checkpoint, is_trained, write_whole
+from .train.checkpoint import (
+    CheckpointError, find_checkpoint, is_trained, write_whole)
 from .train.text import english_bits, exact_share, questions
 
 # %% ../nbs/40b_evaluate.ipynb #e2f73bfc
@@ -191,15 +193,22 @@ def keep_card(
     made = card["made"]
     name = "scorecard_judged" if made["judge"] else "scorecard"
     path = Path(folder) / f"{name}.json"
-    old = json.loads(path.read_text())["made"] if path.exists() else {}
-    if old.get("weights") == made["weights"] and old["dialogues"] > made["dialogues"]:
-        return
+    old = _old_card(path)
+    def rank(card): return card["split"] == "test", card["made"]["dialogues"]
+    if old and old["made"]["weights"] == made["weights"] and rank(old) > rank(card): return
     write_whole(path, (json.dumps(card, indent=1) + "\n").encode())
     for part in ("omni", "thinker"):
         meta = Path(folder) / part / "model_metadata.json"
         if part not in made["weights"] or not meta.exists(): continue
         known = json.loads(meta.read_text()) | {name: card}
         write_whole(meta, (json.dumps(known, indent=1) + "\n").encode())
+
+# %% ../nbs/40b_evaluate.ipynb #0eb309c5
+def _old_card(path):
+    "The card that is there; None where there is none that can be read"
+    try: card = json.loads(path.read_text())
+    except (OSError, ValueError): return None
+    return card if isinstance(card, dict) and {"made", "split"} <= set(card) else None
 
 # %% ../nbs/40b_evaluate.ipynb #0cf15948
 def evaluate(
@@ -223,7 +232,9 @@ def evaluate(
                         data=fingerprint()["sha256"][:16], dialogues=dialogues,
                         weights={name: m["sha256"][:16] for name, m in known.items()},
                         judge=getattr(judge, "name", None))
-    keep_card(folder, card)
+    try: keep_card(folder, card)
+    except (CheckpointError, OSError, ValueError) as e:     # minutes of work: shown all the same
+        print(f"note: the scorecard is not kept: {e}", file=sys.stderr)
     return card
 
 # %% ../nbs/40b_evaluate.ipynb #4cb848e4

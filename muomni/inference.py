@@ -35,7 +35,7 @@ from .thinker import ThinkerLM
 
 # %% ../nbs/32c_inference.ipynb #95b62681
 from .tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from .train.audio import Hearer, hear, letter_reader, stack_waves
+from .train.audio import STEP, Hearer, hear, letter_reader, stack_waves
 from .train.checkpoint import (
     CheckpointError, find_checkpoint, is_trained, load_part, save_model)
 from .train.omni import DENSE, Eyes, load_omni, save_omni
@@ -416,7 +416,7 @@ def _hear(omni, watch, sounds):
     "Vectors (n, D) of each sound"
     if not sounds: return []
     with watch.part("hear"):
-        return omni.model.listen(*stack_waves([as_wave(x) for x in sounds]))
+        return omni.model.listen(*stack_waves([as_wave(x) for x in sounds], STEP))
 
 # %% ../nbs/32c_inference.ipynb #91c895b4
 def _prompt(omni, messages, sampling):

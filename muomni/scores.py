@@ -157,7 +157,7 @@ def best_guess(
     for q in _other_questions(split, seen):
         for k in (key(q), q.kind): table.setdefault(k, Counter())[q.answer] += 1
     def guess(q): return table.get(key(q), table.get(q.kind)).most_common(1)[0][0]
-    return sum(q.kind in table and guess(q) == q.answer for q in asked) / len(asked)
+    return sum(q.kind in table and guess(q) == q.answer for q in asked) / max(1, len(asked))
 
 # %% ../nbs/40c_scores.ipynb #341e05fd
 @lru_cache(4)

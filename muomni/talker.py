@@ -255,9 +255,9 @@ def _figures(scores, wants):
             zip(scores, wants)]
     right = [(s.argmax(-1) == w)[w != -100].float().mean()
              for s, w in zip(scores, wants)]
-    rest = max(1, len(loss) - 1)
-    return dict(base=loss[0], residual=sum(loss[1:]) / rest,
-                base_right=right[0], residual_right=sum(right[1:]) / rest)
+    rest, none = max(1, len(loss) - 1), torch.zeros_like(loss[0])   # one codebook: no residuals
+    return dict(base=loss[0], residual=sum(loss[1:], none) / rest,
+                base_right=right[0], residual_right=sum(right[1:], none) / rest)
 
 # %% ../nbs/24_talker.ipynb #bdcdf5b5
 def talker_loss(
@@ -307,7 +307,7 @@ def speak_codes(
     prefix: Tensor,            # (B, L, D) from `make_prefix`
     valid: Tensor,             # (B, L) bool
     s: Sampling = Sampling(),  # how codes are drawn; greedy unless said otherwise
-    longest: int | None = None,  # most frames; None = twice what the pace expects
+    longest: int | None = None,  # most frames; None = 25 and twice what the pace expects
 ) -> Iterator[Tensor]:         # (B, K) codes of a frame; -1 where a row has ended
     "One frame after the other; done when every row has said its end"
     N, K, B = talker.config.codes, talker.config.codebooks, len(prefix)

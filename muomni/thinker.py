@@ -144,10 +144,12 @@ def thinker_loss(
     documents: Tensor | None = None,  # (B, T) int, packed documents
     valid: Tensor | None = None,      # (B, T) bool, False = padding
     groups: tuple = (),               # (rows, share of the loss) of each group of rows
+    embeddings: Tensor | None = None,  # (B, T, D) vectors in place of those of the ids
 ) -> Tensor:                          # 0-dim, nats per token
     "Next-token cross-entropy, plus the balance of the experts where there are any"
     routing = [] if model.config.experts else None
-    hidden = model.hidden(ids, documents=documents, valid=valid, routing=routing)
+    hidden = model.hidden(ids if embeddings is None else None, embeddings=embeddings,
+                          documents=documents, valid=valid, routing=routing)
     rows, shares = zip(*(groups or [(len(ids), 1.0)]))
     loss = sum(share * chunked_cross_entropy(h, model.head.weight, y)
                for h, y, share in zip(hidden.split(rows), labels.split(rows), shares))

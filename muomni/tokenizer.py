@@ -6,6 +6,7 @@
 __all__ = ['SPECIALS', 'Tokenizer', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'encode_chat', 'TextStream']
 
 # %% ../nbs/09_tokenizer.ipynb #a0627dcc
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 import tokenizers
@@ -94,7 +95,7 @@ def save_tokenizer(
 ):
     "Write a tokenizer as JSON, whole or not at all"
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(tokenizer.bpe.to_str(), encoding="utf-8")
     part.replace(path)
 

@@ -60,7 +60,7 @@ class ViTTiny(nn.Module):
         _initialise(self)
 
     def forward(self,
-        pixels: Tensor,            # (B, 3, side, side) normalised, about -2 to 2
+        pixels: Tensor,            # (B, 3, side, side) from `image.pixels`, -1 to 1
     ) -> tuple[Tensor, Tensor]:    # class token (B, 1, D), grid (B, P, D)
         "See a picture"
         x = _tokens(self, pixels)

@@ -82,6 +82,17 @@ def test_chat_json(checkpoint, monkeypatch):
     assert status == 0 and set(result) == {"reply", "total_ms", "note"} and result["note"] == "" and "library" in err
 
 
+def test_chat_in_a_clone(tmp_path):
+    "What comes with a clone has no thinker/; where both are there, omni/ answers, as in the scorecard"
+    from muomni.inference import random_checkpoint
+    folder = random_checkpoint(tmp_path / "clone")
+    words = ("chat", "--checkpoint", folder, "--text", "hello", "--max-tokens", "9")
+    status, out, err = call(*words)
+    assert (status, err) == (0, "") and not (folder / "thinker").exists()
+    random_checkpoint(folder, ("thinker",), seed=1)
+    assert call(*words) == (0, out, "")
+
+
 def test_eval_json(checkpoint, monkeypatch):
     few_texts(monkeypatch)
     talk_by_the_way(monkeypatch, "muomni.evaluate.text_scores")

@@ -69,7 +69,8 @@ def own_streams(
     for side in ("train", "valid"):
         own = [f for f in files if sides.get(f) == side] if sides else files
         if not own: raise DataError(f"{path}: there is no file for {side} in it")
-        more = how if side == "train" else dict(buffer=0)
+        # each process validates on all of it; only the training is shared out
+        more = how if side == "train" else dict(buffer=0, rank=0, world=1)
         out[side] = make(own, split=None if sides else side, bad=bad, **more)
     return out
 

@@ -282,8 +282,8 @@ def save_state(
     if not path.parent.is_dir():       # made anew it would have no lock and no log
         raise CheckpointError(f"{path.parent}: is gone, with all that was saved in it; "
                               "start again, and do not delete it while training")
-    data = buffer.getvalue()
-    write_whole(path, data + hashlib.sha256(data).digest(), _before(path).name)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write_whole(path, buffer.getbuffer(), _before(path).name)
 
 # %% ../../nbs/39_checkpoint.ipynb #c94e00b1
 def _before(path): return path.with_suffix(".before.pt")
@@ -333,7 +333,8 @@ def _take_up(path, state, model, optimizer):
     model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        there = state["cuda"][:torch.cuda.device_count()]      # fewer cards than before: those that are there
+        for i, seed in enumerate(there): torch.cuda.set_rng_state(seed, i)
     return dict(state["progress"])
 
 # %% ../../nbs/39_checkpoint.ipynb #3b198c2f

@@ -81,7 +81,8 @@ class Group:
     ):
         "Each gradient becomes the sum over all processes"
         if self.world == 1: return
-        _sum_gradients([p for p in model.parameters() if not _is_slice(p)], _all_reduce)
+        own = (p for p in model.parameters() if p.requires_grad and not _is_slice(p))
+        _sum_gradients(list(own), _all_reduce)
 
 # %% ../../nbs/36c_group.ipynb #a61ac6dd
 @contextmanager

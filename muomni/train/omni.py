@@ -31,10 +31,9 @@ from ..data.sentences import some_voice
 from ..data.sounds import sound_turn
 from ..data.world import Dialogue, make_dialogue
 from ..image import pixels
-from ..nn.loss import chunked_cross_entropy
 from ..omni import OmniModel, Places, encode_turns
 from ..sampling import Sampling, generate_batch
-from ..thinker import ThinkerLM
+from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
 from .checkpoint import (
@@ -370,11 +369,10 @@ def omni_loss(
     weight: float = 0.2,  # share of the loss that is English, 0 to 1
 ) -> Tensor:             # nats per token
     "Next-token cross-entropy on English and on answers, each with its own mean"
-    hidden = model.hidden(batch.ids, *fill_of(model, batch), documents=batch.documents)
-    head, rows = model.thinker.head.weight, (english, len(batch.ids) - english)
-    losses = [chunked_cross_entropy(h, head, y)
-              for h, y in zip(hidden.split(rows), batch.labels.split(rows))]
-    return weight * losses[0] + (1 - weight) * losses[1]
+    given = model.embed(batch.ids, *fill_of(model, batch))
+    groups = (english, weight), (len(batch.ids) - english, 1 - weight)
+    return thinker_loss(model.thinker, batch.ids, batch.labels, batch.documents,
+                        groups=groups, embeddings=given)
 
 # %% ../../nbs/31_all_at_once.ipynb #d3a4a7c0
 def omni_questions(

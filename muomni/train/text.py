@@ -28,7 +28,7 @@ from ..tokenizer import (
 from .checkpoint import digest, folder_lock, save_model
 from .device import home
 from .group import join_group, one_first
-from .loop import Task, fit, run_metadata
+from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/27_text.ipynb #17d520b0
 def stage_tokenizer(
@@ -353,7 +353,7 @@ def text_task(
     def validate(m):
         return dict(bits_per_byte=english_bits(m, tokenizer, held, row, row),
                     exact=exact_share(m, tokenizer, asked)[0])
-    return Task(model, batches.batch, loss, weight, validate, "-bits_per_byte")
+    return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "-bits_per_byte")
 
 # %% ../../nbs/27_text.ipynb #owntext1
 def _own_text(config, out):

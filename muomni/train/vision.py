@@ -490,12 +490,13 @@ def pair_figures(
 def _own_task(config, reader, parts, own):
     "Your own pictures in the loop's words"
     t, d = config.training_params, config.data_params
-    held = held_out(own, d.valid_pictures)
+    # a picture with five captions is asked for once: the other four would be right as well
+    held = {x.numpy().tobytes(): (x, text) for x, text in held_out(own, d.valid_pictures)}
     ids = torch.tensor(parts["words"].ids)
     def collate(samples, n): return picture_batch(reader, ids, samples)
     batches = StreamBatches(own["train"], t.batch_tokens // t.accumulate, collate)
     def weight(b): return len(b.pixels)
-    def validate(m): return pair_figures(m["seer"], reader, held)
+    def validate(m): return pair_figures(m["seer"], reader, list(held.values()))
     return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
 
 # %% ../../nbs/29_seeing.ipynb #d26462d6
