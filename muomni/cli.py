@@ -117,7 +117,17 @@ def _finished(part, config):
                       "choose another folder with --out") from None
     ours = (part / "training.json").exists()             # else it came with the course
     _same_config(part, metadata.get("config"), config, free=() if ours else FREE)
+    if ours: _same_origin(part, metadata.get("made_of", {}))
     return ours
+
+# %% ../nbs/38_cli.ipynb #e6c5078c
+def _same_origin(part, origin):
+    "Refuse what was built on weights that are no longer those of this folder"
+    from muomni.train.checkpoint import made_of
+    for stage, now in made_of(part.parent, *origin).items():
+        if now != origin[stage]:
+            raise Trouble(f"{part}: learned from another {stage} than the one in "
+                          f"{part.parent}; delete {part} to train it again")
 
 # %% ../nbs/38_cli.ipynb #7bbbd4a8
 def _same_config(part, known, config, free):

@@ -93,6 +93,23 @@ def test_chat_in_a_clone(tmp_path):
     assert call(*words) == (0, out, "")
 
 
+def test_a_stage_of_another_thinker(tmp_path):
+    "Whoever trains the Thinker anew is told which later stages still belong to the old one"
+    from muomni.config import config_from_dict
+    from muomni.inference import random_checkpoint
+    from muomni.train.checkpoint import find_checkpoint, made_of
+    random_checkpoint(tmp_path, ("thinker", "omni"))
+    part, origin = tmp_path / "omni", made_of(tmp_path, "thinker", "audio")
+    metadata = find_checkpoint(part)[1]
+    config = config_from_dict(metadata["config"], stage="omni_sft")
+    (part / "model_metadata.json").write_text(json.dumps(metadata | dict(made_of=origin)))
+    assert list(origin) == ["thinker"] and cli._finished(part, config) is False     # came with the course
+    (part / "training.json").write_text("{}")
+    assert cli._finished(part, config) is True
+    random_checkpoint(tmp_path, ("thinker",), seed=1)
+    with pytest.raises(cli.Trouble, match="learned from another thinker.*delete .*omni to train it again"): cli._finished(part, config)
+
+
 def test_eval_json(checkpoint, monkeypatch):
     few_texts(monkeypatch)
     talk_by_the_way(monkeypatch, "muomni.evaluate.text_scores")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'FREE', 'CheckpointError', 'write_whole', 'folder_lock', 'code_revision', 'made_with', 'save_model',
-           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'save_state', 'saved_states',
-           'load_state', 'load_checkpoint', 'first_change']
+           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'made_of', 'save_state',
+           'saved_states', 'load_state', 'load_checkpoint', 'first_change']
 
 # %% ../../nbs/39_checkpoint.ipynb #bf2c3784
 import contextlib
@@ -264,6 +264,15 @@ def digest(
 ) -> str:               # sha256 of its bytes, hexadecimal
     "What tells two files apart"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+# %% ../../nbs/39_checkpoint.ipynb #73347ba7
+def made_of(
+    out: str | Path,   # the checkpoint folder of all stages
+    *stages: str,      # folders of stages that another learned from, such as "thinker"
+) -> dict[str, str]:   # folder -> sha256 of its weights, of those that are there
+    "What a stage was built on"
+    there = (s for s in stages if is_trained(Path(out) / s))
+    return {s: find_checkpoint(Path(out) / s)[1].get("sha256", "") for s in there}
 
 # %% ../../nbs/39_checkpoint.ipynb #bae56484
 def save_state(

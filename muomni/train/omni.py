@@ -38,7 +38,7 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
 from .checkpoint import (
     SHIPPED, CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
-    load_model, load_part, save_model)
+    load_model, load_part, made_of, save_model)
 from .device import choose_device, home, moved
 from .loop import Ahead, Task, fit, run_metadata
 from .text import EnglishRows, english_bits, grade, some_english
@@ -546,5 +546,7 @@ def train_omni(
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
         run = fit(task, t, out / "omni", bar, tensorboard)
-        save_omni(out, model.eval(), run_metadata("omni", config, run), SHIPPED)
+        known = run_metadata("omni", config, run,
+                             made_of=made_of(out, "thinker", "audio", "vision"))
+        save_omni(out, model.eval(), known, SHIPPED)
     return model

@@ -33,8 +33,8 @@ from ..talker import (
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import word_errors
-from .checkpoint import SHIPPED, CheckpointError, find_checkpoint
-from .checkpoint import folder_lock, is_trained, load_part, save_model
+from .checkpoint import (
+    SHIPPED, CheckpointError, folder_lock, is_trained, load_part, made_of, save_model)
 from .codec import stack_mels, voice_corpus
 from .device import CPU, choose_device, home, moved
 from .loop import Ahead, Task, fit, run_metadata
@@ -326,8 +326,9 @@ def train_talker(
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
         run = fit(task, t, out / "talker", bar, tensorboard)
+        known = made_of(out, "codec", "omni" if is_trained(out / "omni") else "thinker")
         save_model(out / "talker", talker.eval(), run_metadata(
-            "talker", config, run, codec=find_checkpoint(out / "codec")[1]["sha256"]), SHIPPED)
+            "talker", config, run, codec=known["codec"], made_of=known), SHIPPED)
     return talker
 
 # %% ../../nbs/30_speaking.ipynb #260d58c9

@@ -35,7 +35,7 @@ from ..image import pixels
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
 from .checkpoint import (
-    find_checkpoint, folder_lock, load_part, save_model)
+    find_checkpoint, folder_lock, load_part, made_of, save_model)
 from .device import CPU, home, moved
 from .loop import Ahead, Task, fit, run_metadata
 from .optim import choose_precision
@@ -543,6 +543,7 @@ def train_vision(
     with folder_lock(folder):
         precision = choose_precision(config.training_params.precision)
         reader = text_reader(config, out, precision)
+        read_by = made_of(out, config.data_params.captions)
         own = own_pictures(config, folder)
         some = list(islice(own["train"], 1000)) if own else []
         parts = new_parts(config, reader, [text for _, text in some])
@@ -553,7 +554,7 @@ def train_vision(
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
         save_model(folder, seer, run_metadata(
             "vision", config, run, tokens=tokens, data=own_fingerprint(own),
-            text_width=seer.to_words.out_features))
+            text_width=seer.to_words.out_features, made_of=read_by))
     return seer
 
 # %% ../../nbs/29_seeing.ipynb #513da487
