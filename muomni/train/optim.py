@@ -77,6 +77,11 @@ def _adamw_update(p, state, group):
     root = (state["square"] / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
     return mean.div_(root)
 
+# %% ../../nbs/36b_optim.ipynb #36btable
+def _is_table(name):
+    "A row for each token: embedding or head, also of a model inside another"
+    return "embedding" in name or any(part.startswith("head") for part in name.split("."))
+
 # %% ../../nbs/36b_optim.ipynb #bcb3347b
 def make_optimizer(
     model: nn.Module,     # whose parameters to train
@@ -92,7 +97,7 @@ def make_optimizer(
     for name, p in model.named_parameters():
         if not p.requires_grad: continue               # frozen: not ours to move
         if p.dim() < 2: vectors.append(p)
-        elif "embedding" in name or name.startswith("head"): tables.append(p)
+        elif _is_table(name): tables.append(p)
         else: matrices.append(p)
     rate = lr if kind == "muon" else adam_lr
     groups = [dict(params=matrices, kind=kind, lr=rate, weight_decay=weight_decay),
