@@ -491,12 +491,13 @@ def _own_task(config, reader, parts, own):
     "Your own pictures in the loop's words"
     t, d = config.training_params, config.data_params
     # a picture with five captions is asked for once: the other four would be right as well
-    held = {x.numpy().tobytes(): (x, text) for x, text in held_out(own, d.valid_pictures)}
+    held = held_out(own, d.valid_pictures)
+    held = list({x.numpy().tobytes(): (x, text) for x, text in held}.values())
     ids = torch.tensor(parts["words"].ids)
     def collate(samples, n): return picture_batch(reader, ids, samples)
     batches = StreamBatches(own["train"], t.batch_tokens // t.accumulate, collate)
     def weight(b): return len(b.pixels)
-    def validate(m): return pair_figures(m["seer"], reader, list(held.values()))
+    def validate(m): return pair_figures(m["seer"], reader, held)
     return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
 
 # %% ../../nbs/29_seeing.ipynb #d26462d6
@@ -543,7 +544,7 @@ def train_vision(
     with folder_lock(folder):
         precision = choose_precision(config.training_params.precision)
         reader = text_reader(config, out, precision)
-        read_by = made_of(out, config.data_params.captions)
+        read_by = made_of(out, config.data_params.captions)    # "simple" is no stage: {}
         own = own_pictures(config, folder)
         some = list(islice(own["train"], 1000)) if own else []
         parts = new_parts(config, reader, [text for _, text in some])
