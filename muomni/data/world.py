@@ -60,8 +60,8 @@ def _about_words(dice, split, seed, most):
 
 # %% ../../nbs/35a_world.ipynb #3e2febd6
 LESSONS = (
-    ("colour", "shape", "shape"),
-    ("colour", "shape", "shape", "size", "where", "at_place"),
+    ("where", "where", "colour"),
+    ("where", "where", "colour", "shape", "shape", "size", "at_place"),
     ("colour", "shape", "shape", "count_colour", "size", "where", "where", "at_place",
      "left", "right", "above", "below", "bigger", "same_colour", "exists"),
     ASKED,
