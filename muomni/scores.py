@@ -262,6 +262,7 @@ def hearing_card(
     reader = letter_reader(scorer or letter_language())
     for who in ("known", "unseen"):
         rates[f"open_{who}"] = _ear_rate(omni, sounds["english", who], reader)
+        rates[f"wer_{who}_language"] = _ear_rate(omni, sounds["world", who], reader)
     world = sounds["world", "known"]
     hush, texts = hear(omni.hearer, omni.tokenizer, silence(world)), world.texts
     controls = dict(hearing_silence=_error_rate(hush, texts[:len(hush)]),
@@ -506,6 +507,8 @@ def _hearing_lines(h, c):
     rows = [("hearing the world, WER known / unseen voices",
              _pair(h["wer_known"], h["wer_unseen"]),
              f"{bar('wer')}; {h['n']['sentences']} sentences each"),
+            ("  with language model",
+             _pair(h.get("wer_known_language"), h.get("wer_unseen_language")), ""),
             ("  control: silence", _share(c["hearing_silence"]),
              f"another sentence {_share(c['hearing_chance'])}"),
             ("hearing real English, with language model",
