@@ -366,7 +366,7 @@ def omni_loss(
     model: OmniModel,    # to be trained
     batch: OmniBatch,    # rows of English first
     english: int,        # rows of English in it, 1 or more
-    weight: float = 0.4,  # share of the loss that is English, 0 to 1
+    weight: float = 0.2,  # share of the loss that is English, 0 to 1
 ) -> Tensor:             # nats per token
     "Next-token cross-entropy on English and on answers, each with its own mean"
     given = model.embed(batch.ids, *fill_of(model, batch))
