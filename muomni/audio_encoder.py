@@ -11,29 +11,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .audio import valid_frames
 from .config import AudioEncoderConfig
 from .nn.block import Block
 from .nn.norm import RMSNorm
 from .nn.rope import Rope
-
-# %% ../nbs/21_audio_encoder.ipynb #96f9c792
-def _valid_frames(mel, lengths, config):
-    "Check the input; say which mel frames are sound, (B, T) bool"
-    if mel.dim() != 3 or mel.shape[2] != config.mels or mel.shape[1] < 1:
-        raise ValueError(f"mel is {tuple(mel.shape)}, expected (B, T, {config.mels}) "
-                         "with at least one frame")
-    B, T, _ = mel.shape
-    if T > 8 * config.context:
-        raise ValueError(f"{T} mel frames came, the encoder holds "
-                         f"{8 * config.context}: cut the sound into pieces")
-    if lengths is None: lengths = [T] * B
-    lengths = torch.as_tensor(lengths)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths are {tuple(lengths.shape)}, expected ({B},)")
-    # on a GPU the values stay unread: to look at them would stop the queue
-    if lengths.device.type == "cpu" and not ((0 <= lengths) & (lengths <= T)).all():
-        raise ValueError(f"lengths are {lengths.tolist()}, expected 0 to {T} frames")
-    return torch.arange(T, device=mel.device) < lengths.to(mel.device)[:, None]
 
 # %% ../nbs/21_audio_encoder.ipynb #8108c23a
 def chunk_mask(
@@ -72,7 +54,8 @@ class AudioEncoderTiny(nn.Module):
         lengths: Tensor | None = None,  # (B,) frames of each sound; None = all T
     ) -> tuple[Tensor, Tensor]:  # (B, T', D) states, (B, T') bool; T' = ceil(T/8)
         "Squeeze time by eight, then look around; states of padding are zero"
-        valid = _valid_frames(mel, lengths, self.config)
+        valid = valid_frames(mel, lengths, self.config.mels)
+        _short_enough(mel.shape[1], 8 * self.config.context)
         x, valid = _squeeze(self, mel, valid)
         rope = self.rope(torch.arange(x.shape[1], device=x.device))
         mask = chunk_mask(valid, self.config.chunk)
@@ -88,6 +71,12 @@ def _squeeze(encoder, mel, valid):
         x = F.gelu(conv(x.masked_fill(~valid[:, None], 0)))
         valid = valid[:, ::2]       # a window is sound when its own frame is
     return x.transpose(1, 2), valid
+
+def _short_enough(frames, most):
+    "Refuse what reaches beyond the last place"
+    if frames > most:
+        raise ValueError(f"{frames} mel frames came, the encoder holds {most}: cut the "
+                         "sound into pieces")
 
 # %% ../nbs/21_audio_encoder.ipynb #34edc0c9
 def _initialise(encoder):

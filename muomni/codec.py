@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .audio import FLOOR
+from .audio import FLOOR, valid_frames
 from .config import CodecConfig
 from .nn.norm import RMSNorm
 from .nn.quantize import RVQ, nearest
@@ -57,21 +57,6 @@ class ConvBlock(nn.Module):
                      padding=self.kernel.shape[1] // 2)
         y = self.norm(y.transpose(1, 2))
         return x + self.down(F.gelu(self.up(y)))
-
-# %% ../nbs/23_codec.ipynb #3f993f6b
-def _valid_frames(mel, lengths, mels):
-    "Check the input; say which mel frames are sound, (B, T) bool"
-    if mel.dim() != 3 or mel.shape[2] != mels or mel.shape[1] < 1:
-        raise ValueError(f"mel is {tuple(mel.shape)}, expected (B, T, {mels}) "
-                         "with at least one frame")
-    B, T, _ = mel.shape
-    lengths = torch.as_tensor([T] * B if lengths is None else lengths)
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths are {tuple(lengths.shape)}, expected ({B},)")
-    # on a GPU the values stay unread: to look at them would stop the queue
-    if lengths.device.type == "cpu" and not ((0 <= lengths) & (lengths <= T)).all():
-        raise ValueError(f"lengths are {lengths.tolist()}, expected 0 to {T} frames")
-    return torch.arange(T, device=mel.device) < lengths.to(mel.device)[:, None]
 
 # %% ../nbs/23_codec.ipynb #67567e28
 def _valid_codes(codes, valid, config):
@@ -147,7 +132,7 @@ def _vectors(
     lengths: Tensor | None,  # (B,) frames
 ) -> tuple[Tensor, Tensor, Tensor]:   # (B, F * 8, M), (B, F, C), (B, F) bool
     "What is to be said, as mel and as a vector a patch; and which patches are real"
-    real = _valid_frames(mel, lengths, codec.config.mels)
+    real = valid_frames(mel, lengths, codec.config.mels)
     flat, valid = patches(mel.float(), real, codec.config.patch)
     x = codec.enter((flat - codec.mean) / codec.scale)
     for block in codec.encoder: x = block(x, valid)

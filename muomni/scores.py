@@ -30,8 +30,9 @@ from .data.synth import SpeechError
 from .data.words import NUMBERS
 from .data.world import Dialogue, make_dialogue
 from .inference import Omni
-from .train.audio import (
-    hear, letter_language, letter_reader, plain, scored_sounds, silence, word_errors)
+from muomni.train.audio import (
+    hear, letter_language, letter_reader, plain, scored_sounds, silence,
+    word_error_rate)
 from .train.checkpoint import CheckpointError, find_checkpoint, is_trained
 from .train.codec import voice_sentences
 from .train.omni import Talk, dialogue_talk, heard_states, omni_answers
@@ -265,21 +266,18 @@ def hearing_card(
         rates[f"wer_{who}_language"] = _ear_rate(omni, sounds["world", who], reader)
     world = sounds["world", "known"]
     hush, texts = hear(omni.hearer, omni.tokenizer, silence(world)), world.texts
-    controls = dict(hearing_silence=_error_rate(hush, texts[:len(hush)]),
-                    hearing_chance=_error_rate(texts[1:] + texts[:1], texts))
+    controls = dict(hearing_silence=word_error_rate(hush, texts[:len(hush)]),
+                    hearing_chance=word_error_rate(texts[1:] + texts[:1], texts))
     return rates | dict(n=dict(sentences=count)), controls
 
 # %% ../nbs/40c_scores.ipynb #3443dc08
 _HEARD = dict(world="wer_{}", everyday="everyday_{}", english="open_{}_greedy")
 
-def _error_rate(given, right):
-    wrong, words = word_errors(given, right)
-    return wrong / max(1, words)
-
 def _ear_rate(omni, corpus, reader=None):
     "Word error rate on a corpus; `reader`: see `hear`"
     waves = [wave for wave, _ in corpus]
-    return _error_rate(hear(omni.hearer, omni.tokenizer, waves, reader), corpus.texts)
+    given = hear(omni.hearer, omni.tokenizer, waves, reader)
+    return word_error_rate(given, corpus.texts)
 
 # %% ../nbs/40c_scores.ipynb #c4df091b
 def speaking_card(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYMBOLS', 'SPELL', 'STEP', 'hearing_corpora', 'collapse', 'spelled', 'states_needed', 'fitting', 'ctc_loss', 'Hearer',
-           'greedy', 'SoundBatch', 'stack_waves', 'edits', 'plain', 'word_errors', 'letter_errors', 'by_length',
-           'SoundBatches', 'HeardStream', 'own_sounds', 'token_reader', 'hear', 'silence', 'hearing_figures',
-           'hearing_loss', 'hearing_task', 'train_audio', 'load_hearer', 'beam_search', 'ngram_scorer', 'letter_reader',
-           'letter_language', 'scored_sounds', 'hearing_scores']
+           'greedy', 'SoundBatch', 'stack_waves', 'edits', 'plain', 'word_errors', 'word_error_rate', 'letter_errors',
+           'by_length', 'SoundBatches', 'HeardStream', 'own_sounds', 'token_reader', 'hear', 'silence',
+           'hearing_figures', 'hearing_loss', 'hearing_task', 'train_audio', 'load_hearer', 'beam_search',
+           'ngram_scorer', 'letter_reader', 'letter_language', 'scored_sounds', 'hearing_scores']
 
 # %% ../../nbs/28_hearing.ipynb #e27512c5
 import itertools
@@ -209,10 +209,19 @@ def word_errors(
     given: list[str],   # texts that were heard
     right: list[str],   # texts that were said, in the same order
 ) -> tuple[int, int]:   # errors, words that were said
-    "Word errors: their ratio is the WER, which can exceed 1"
+    "Word errors by edit distance"
     pairs = [(plain(a).split(), plain(b).split())
              for a, b in zip(given, right, strict=True)]
     return sum(edits(a, b) for a, b in pairs), sum(len(b) for _, b in pairs)
+
+# %% ../../nbs/28_hearing.ipynb #ff7ad84b
+def word_error_rate(
+    given: list[str],   # texts that were heard
+    right: list[str],   # texts that were said, in the same order
+) -> float:             # errors a word, 0 or more
+    "More than 1 where more words are wrong or invented than were said"
+    wrong, words = word_errors(given, right)
+    return wrong / max(1, words)
 
 # %% ../../nbs/28_hearing.ipynb #7f2a8e78
 def letter_errors(

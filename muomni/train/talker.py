@@ -32,7 +32,7 @@ from ..talker import (
     talker_parts, thinker_states, token_letters)
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
-from .audio import word_errors
+from .audio import word_error_rate
 from .checkpoint import (
     SHIPPED, CheckpointError, folder_lock, is_trained, load_part, made_of, save_model)
 from .codec import stack_mels, voice_corpus
@@ -370,11 +370,6 @@ def _hear(judge, waves):
     return [" ".join(words.get(w.strip(".,?!"), w) for w in judge(wave).split())
             for wave in waves]
 
-def _rate(heard, texts):
-    "Word error rate"
-    errors, count = word_errors(heard, texts)
-    return errors / max(1, count)
-
 # %% ../../nbs/30_speaking.ipynb #4ccbca63
 def _kind_scores(speaker, judge, texts, s):
     "Word errors of reference, round trip, Talker and control; endings"
@@ -385,10 +380,11 @@ def _kind_scores(speaker, judge, texts, s):
     said, ended = speak_texts(speaker, texts, s)
     own = [codes_wave(speaker, c) for c in said]
     ends = [stops_well(len(c), int(v.sum()), e) for c, v, e in zip(said, valid, ended)]
-    heard = _hear(judge, own)
-    return dict(wer=_rate(heard, texts), control=_rate(heard, texts[1:] + texts[:1]),
-                reference=_rate(_hear(judge, truth), texts),
-                codec=_rate(_hear(judge, trip), texts), ends=sum(ends) / len(ends))
+    heard, other = _hear(judge, own), texts[1:] + texts[:1]
+    return dict(wer=word_error_rate(heard, texts), control=word_error_rate(heard, other),
+                reference=word_error_rate(_hear(judge, truth), texts),
+                codec=word_error_rate(_hear(judge, trip), texts),
+                ends=sum(ends) / len(ends))
 
 # %% ../../nbs/30_speaking.ipynb #f39873c8
 def speaking_scores(
