@@ -22,7 +22,7 @@ from .data.english import documents, fingerprint
 from .data.world import make_dialogue
 from .inference import Omni
 from .ngram import NGram, bits_per_byte
-from .scores import part_parameters, sense_lines, sense_scores
+from .scores import BARS, part_parameters, sense_lines, sense_scores
 from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, encode_chat
 from .train.checkpoint import (
@@ -263,14 +263,16 @@ def _text_lines(t, c):
     before = []
     if "more_bits" in t:
         before = [("  before all at once", f"{t['bits_per_byte_before']:.3f}",
-                   f"since then {t['more_bits']:+.1%}; bar +1.0%")]
+                   f"since then {t['more_bits']:+.1%}; bar {BARS['more_bits']:+.1%}")]
     return [
         ("real English, bits per byte", f"{t['bits_per_byte']:.3f}",
-         f"{against(t['fewer_bits_than_bytes'])} than a 5-gram over bytes; bar 15.0%"),
+         f"{against(t['fewer_bits_than_bytes'])} than a 5-gram over bytes; "
+         f"bar {BARS['bits']:.1%}"),
         ("  5-gram over bytes / over tokens", f"{t['ngram_bytes_bits_per_byte']:.3f} / "
          f"{t['ngram_bits_per_byte']:.3f}", f"{against(t['fewer_bits'])} than over tokens"),
         *before, ("held-out dialogue, exact answers", f"{t['exact']:.1%}",
-         f"bar 95.0%; {t['n']['questions']} questions; 5-gram {t['ngram_exact']:.1%}"),
+         f"bar {BARS['exact']:.1%}; {t['n']['questions']} questions; "
+         f"5-gram {t['ngram_exact']:.1%}"),
         ("  control: another question's prompt", f"{c['text_exact_shuffled']:.1%}",
          f"chance {c['text_exact_chance']:.1%}"),
         ("  weakest kinds", "", ", ".join(f"{k} {share:.0%}" for k, share in weak))]

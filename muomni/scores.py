@@ -30,9 +30,9 @@ from .data.synth import SpeechError
 from .data.words import NUMBERS
 from .data.world import Dialogue, make_dialogue
 from .inference import Omni
-from muomni.train.audio import (
-    hear, letter_language, letter_reader, plain, scored_sounds, silence,
-    word_error_rate)
+from .train.audio import (
+    hear, letter_language, letter_reader, plain, scored_sounds,
+    silence, word_error_rate)
 from .train.checkpoint import CheckpointError, find_checkpoint, is_trained
 from .train.codec import voice_sentences
 from .train.omni import Talk, dialogue_talk, heard_states, omni_answers
@@ -477,7 +477,8 @@ def part_parameters(
     return out | dict(total=sum(out.values()))
 
 # %% ../nbs/40c_scores.ipynb #9baea1cc
-BARS = dict(wer_known=0.01, wer_unseen=0.03, open_known=0.25, open_unseen=0.35,
+BARS = dict(bits=0.15, exact=0.95, more_bits=0.01,
+            wer_known=0.01, wer_unseen=0.03, open_known=0.25, open_unseen=0.35,
             seeing=0.95, kind=0.85, ends=0.99, over_reference=0.03,
             open_over_reference=0.30, omni=0.85, first_audio_ms=300, real_time=0.5)
 

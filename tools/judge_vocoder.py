@@ -11,7 +11,7 @@ from muomni.audio import FFT, HOP, MELS, RATE, WINDOW, log_mel
 from muomni.data.sentences import sentence
 from muomni.data.speech import SPEAKING, say
 from muomni.scores import load_judge, spoken_form
-from muomni.train.audio import word_error_rate
+from muomni.train.audio import word_errors
 from muomni.vocoder import GriffinLimVocoder
 
 
@@ -38,8 +38,8 @@ def main():
     for name, make in makers.items():
         said = waves if make is None else [make(m) for m in mels]
         heard = [judge(w / w.abs().max().clamp(min=1e-6)) for w in said]
-        rate = word_error_rate(heard, [spoken_form(t) for t in texts])
-        print(f"{name:28} {rate:6.1%} of the words wrong", flush=True)
+        wrong, words = word_errors(heard, [spoken_form(t) for t in texts])
+        print(f"{name:28} {wrong / words:6.1%} of {words} words wrong", flush=True)
 
 
 if __name__ == "__main__": main()
