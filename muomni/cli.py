@@ -180,6 +180,7 @@ def _board(args):
 def _train_stage(stage, config, out, more, apart=False):
     "One stage, unless it is done; refuses what does not belong together"
     from importlib import import_module
+    from muomni.train.group import leave_group
     part = out / ("thinker" if stage == "text" else stage)
     if _finished(part, config):
         return _note(f"{stage}: done already in {out}; delete {part} to train again")
@@ -194,6 +195,7 @@ def _train_stage(stage, config, out, more, apart=False):
           "Ctrl-C stops, the same command goes on")
     train = getattr(import_module(f"muomni.train.{stage}"), f"train_{stage}")
     train(config, out, bar=sys.stderr.isatty() and not _rank(), **more)
+    leave_group()
     _note(f"{stage}: done, in {out}")
 
 # %% ../nbs/38_cli.ipynb #32f55ca3
