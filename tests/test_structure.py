@@ -5,7 +5,7 @@ import pytest
 import check_site, pages, structure as S
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.unused_imports, S.sliders, S.import_cells, S.last_cell,
+RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.absolute_imports, S.unused_imports, S.sliders, S.import_cells, S.last_cell,
          S.long_cells, S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.foreign_imports, check_site.sources]
 
 
@@ -114,6 +114,7 @@ BREAKS = {
     "field without comment": (S.docments, "field a", lambda r: module(r, "nn.x", "__all__ = ['C']\n@dataclass\nclass C:\n    'C'\n    a: int = 1\n")),
     "star": (S.star_imports, "not *", lambda r: add(r, code("from math import *"))),
     "star in the package": (S.star_imports, "muomni/nn/x.py", lambda r: module(r, "nn.x", "from math import *\n")),
+    "absolute in a module": (S.absolute_imports, "muomni/nn.x line 2", lambda r: module(r, "nn.x", "import math\nfrom muomni.nn.double import double\nx = math.pi\n")),
     "unused in a module": (S.unused_imports, "muomni/nn.x line 2 imports sqrt", lambda r: module(r, "nn.x", "import math\nfrom math import sqrt, pi\nx = math.pi + pi\n")),
     "unused in a function": (S.unused_imports, "imports math", lambda r: module(r, "nn.x", "def f():\n    import math\n    return 1\n")),
     "a slider of words": (S.sliders, "word=WORDS may be a tuple", lambda r: add(r, code("interact(print, word=WORDS)"))),
