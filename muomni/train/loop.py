@@ -192,7 +192,7 @@ def start_run(
         half = group.tell(chosen == torch.bfloat16)      # it may depend on a clock
         p["precision"] = "bfloat16" if half else "float32"
     if c.compile: task = replace(task, loss=compiled(task.loss))
-    precision = getattr(torch, p["precision"])
+    precision = optimizer.precision = getattr(torch, p["precision"])
     return Run(task, c, folder, optimizer, precision, p, start=p["step"], group=group)
 
 # %% ../../nbs/26_loop.ipynb #d8b20766

@@ -16,14 +16,13 @@ from .group import cut_like, whole
 def orthogonalise(
     g: Tensor,        # (m, n) matrix, such as a gradient
     steps: int = 5,   # Newton-Schulz rounds
-) -> Tensor:          # (m, n) bfloat16, singular values near 1
+) -> Tensor:          # (m, n) in the numbers of `g`, singular values near 1
     "A matrix that turns like `g`, with all its singular values near 1"
     if g.dim() != 2:
         raise ValueError(f"got the shape {tuple(g.shape)}, expected a matrix (m, n)")
     a, b, c = 3.4445, -4.7750, 2.0315      # Jordan et al. 2024: fast, not exact
-    x = g.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    if tall: x = x.t()                     # the smaller of the two products
+    tall = g.shape[0] > g.shape[1]
+    x = g.t() if tall else g               # the smaller of the two products
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         s = x @ x.t()
@@ -34,6 +33,8 @@ def orthogonalise(
 # %% ../../nbs/36b_optim.ipynb #19060ee5
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for the matrices of the blocks, AdamW for all else, in one optimizer"
+    precision = torch.float32   # what Muon's products are computed in; `fit` chooses
+
     def __init__(self,
         groups: list[dict],  # each: params, kind ("muon", "adamw"), lr, weight_decay
         betas: tuple[float, float] = (0.9, 0.95),  # what AdamW's memories keep
@@ -46,22 +47,22 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self):
         "One update of every parameter that has a gradient"
         for group in self.param_groups:
-            update = _muon_update if group["kind"] == "muon" else _adamw_update
-            lr, decay = group["lr"], group["weight_decay"]
+            muon, lr, decay = group["kind"] == "muon", group["lr"], group["weight_decay"]
             for p in group["params"]:
                 if p.grad is None: continue
-                change = update(p, self.state[p], group)
+                change = (_muon_update(p, self.state[p], group, self.precision) if muon
+                          else _adamw_update(p, self.state[p], group))
                 p.mul_(1 - lr * decay).add_(change, alpha=-lr)
 
 # %% ../../nbs/36b_optim.ipynb #b6488d9c
-def _muon_update(p, state, group):
+def _muon_update(p, state, group, precision):
     "Nesterov momentum, orthogonalised, scaled by shape: one rate for all matrices"
     if "momentum" not in state: state["momentum"] = torch.zeros_like(p)
     m, beta = state["momentum"], group["momentum"]
     m.lerp_(p.grad, 1 - beta)
     wide = whole(p.grad.lerp(m, beta)).flatten(1)  # a convolution is a matrix as well
     scale = max(1, wide.shape[0] / wide.shape[1]) ** 0.5
-    change = orthogonalise(wide).to(p.dtype).view(p.shape) * scale
+    change = orthogonalise(wide.to(precision)).to(p.dtype).view(p.shape) * scale
     return cut_like(change, p)                     # under `shard` p is a slice
 
 # %% ../../nbs/36b_optim.ipynb #efa4e628
