@@ -215,13 +215,17 @@ class VisionConfig:
     head_width: int = 64        # E, features of one head; even
     mlp_width: int = 344        # hidden features of SwiGLU
     stem: str = "patch"         # "patch" (one product a patch) or "conv" (strides of 2)
+    window: int = 0             # patches along the edge of what a patch sees; 0: all
     norm_eps: float = 1e-6      # added under the root in RMSNorm
     experts: int = 0            # no experts in this encoder
 
     def __post_init__(self):
-        _check_encoder(self, "side patch", "")
+        _check_encoder(self, "side patch", "window")
         _need(self.side % self.patch == 0, "model_params", "side", self.side,
               f"a multiple of patch ({self.patch})")
+        edge = self.side // self.patch
+        _need(not self.window or edge % self.window == 0, "model_params", "window",
+              self.window, f"0 or a divisor of the patches along an edge ({edge})")
         _need_choice(self, "model_params", "stem", ("patch", "conv"))
 
 # %% ../nbs/34_config.ipynb #5db6afc9

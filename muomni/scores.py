@@ -26,6 +26,7 @@ from .config import SpeechConfig, config_from_dict, load_config
 from .data.corpus import corpus_items, speech_corpus
 from .data.scenes import draw
 from .data.sentences import all_words, some_voice
+from .data.speech import SPEAKING, say
 from .data.synth import SpeechError
 from .data.words import NUMBERS
 from .data.world import Dialogue, make_dialogue
@@ -344,7 +345,7 @@ def reply_card(
     count: int = 40,              # questions; one more is asked first, to warm up
     judge: Judge | None = None,   # listens to the answers
 ) -> tuple[dict, dict]:           # speed; exact answers aloud, empty without a judge
-    "Ask aloud, listen to the answer, look at the clock"
+    "Ask aloud, listen to the answer, look at the clock; and hear the right answers"
     asked, waves = spoken_exam(split, count)
     _reply(omni, asked[0], waves[0])
     replies = [_reply(omni, q, wave) for q, wave in zip(asked, waves)]
@@ -354,8 +355,11 @@ def reply_card(
                  first_audio_ms_p95=np.percentile(first, 95).item(),
                  real_time_factor=float(np.median(factor)), n=len(first))
     if judge is None: return speed, {}
-    hits = [judge(r.audio) == spoken_form(q.answer) for r, q in zip(replies, asked)]
-    return speed, dict(exact=sum(hits) / len(hits), replies=len(hits))
+    right = [spoken_form(q.answer) for q in asked]
+    hits = [judge(r.audio) == text for r, text in zip(replies, right)]
+    best = [judge(say(q.answer, SPEAKING)) == text for q, text in zip(asked, right)]
+    return speed, dict(exact=sum(hits) / len(hits), replies=len(hits),
+                       exact_reference=sum(best) / len(best))
 
 # %% ../nbs/40c_scores.ipynb #21ded6b5
 def _reply(omni, question, wave):
@@ -451,7 +455,8 @@ def _way_out(omni, name):
 # %% ../nbs/40c_scores.ipynb #61adc063
 def _add_aloud(section, aloud):
     "What the judge understood of the replies"
-    section["exact"], section["n"]["replies"] = aloud["exact"], aloud["replies"]
+    section |= {k: aloud[k] for k in ("exact", "exact_reference")}
+    section["n"]["replies"] = aloud["replies"]
 
 def _rounded(x):
     "Four digits are enough; what is no number is None"
@@ -561,7 +566,9 @@ def _speaking_lines(s, c):
 def _omni_lines(o, c):
     "Spoken questions about pictures"
     if "exact" in o:
-        aloud = (_share(o["exact"]), f"bar {_share(BARS['omni'])}; "
+        best = o.get("exact_reference")      # older cards have none
+        best = "" if best is None else f"the right answers, spoken: {_share(best)}; "
+        aloud = (_share(o["exact"]), f"{best}bar {_share(BARS['omni'])}; "
                  f"{o['n']['replies']} replies")
     else: aloud = "not judged", "give a recogniser with --judge DIR"
     return [("question heard, picture seen, answer spoken", *aloud),

@@ -51,7 +51,7 @@ SAME_FLOOR = {
     "train.vision": "train.loop train.checkpoint train.optim train.device",
     "train.codec": "train.loop train.checkpoint train.device",
     "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni train.device",
-    "train.omni": "train.loop train.checkpoint train.text train.audio train.vision train.device",
+    "train.omni": "train.group train.loop train.checkpoint train.text train.audio train.vision train.device",
 }
 CELL_LINES, CLASS_LINES, NOTEBOOK_KB, ALL_MB, SHIPPED_MB = 30, 45, 400, 15, 25     # a class has no half: its cell may be longer
 EXPORTS = {"export", "exports", "exporti"}

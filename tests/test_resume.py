@@ -118,7 +118,7 @@ def seeing(folder, stop=None):
     "Stage C on tiny pictures, whose captions are read by the simple reader; batch `stop` is asked for and never made"
     import muomni.train.vision as vision
     from muomni.config import apply_overrides, load_config
-    sizes = dict(side=48, patch=16, width=16, layers=1, heads=1, kv_heads=1, head_width=16, mlp_width=16)
+    sizes = dict(side=48, patch=16, window=0, width=16, layers=1, heads=1, kv_heads=1, head_width=16, mlp_width=16)
     quick = dict(minutes=0, steps=6, batch_tokens=8, accumulate=2, precision="float32", save_every=2, validate_every=4)
     held = dict(nouns=0, captions="simple", valid_pictures=4)
     config = apply_overrides(load_config("vision_nano"), [f"{s}.{k}={v}" for s, kv in

@@ -358,7 +358,7 @@ def read_cells(
     reader,                # of the words
     scenes: list[Scene],   # (B,) what was drawn
 ) -> dict:                 # name -> (N,) bool, for each shape of each scene
-    "Does the cell of each shape say its colour, its kind, its size?"
+    "Does the cell of each shape say its colour, kind, size; is its colour said there?"
     shapes = [(i, s) for i, scene in enumerate(scenes) for s in scene.shapes]
     z = places[[i for i, _ in shapes], [s.place for _, s in shapes]].float()
     hits = {}
@@ -367,7 +367,16 @@ def read_cells(
         hits[key] = best == torch.tensor([words.index(getattr(s, key)) for _, s in shapes])
     new = torch.tensor([is_held_out(s.colour, s.kind) for _, s in shapes])
     hits["pair"] = hits["colour"] & hits["kind"]
+    hits["at_home"] = _at_home(places, reader, scenes)
     return hits | dict(new_pair=hits["pair"][new], known_pair=hits["pair"][~new])
+
+# %% ../../nbs/29_seeing.ipynb #421ad101
+def _at_home(places, reader, scenes):
+    "Is the colour of a shape loudest where a shape of that colour stands?"
+    loudest = (places.float() @ word_vectors(reader, COLOURS).T).argmax(1)  # (B, colours)
+    return torch.tensor([
+        any(loudest[i, COLOURS.index(s.colour)] == o.place and o.colour == s.colour
+            for o in scene.shapes) for i, scene in enumerate(scenes) for s in scene.shapes])
 
 # %% ../../nbs/29_seeing.ipynb #d6cd14ee
 @torch.no_grad()
