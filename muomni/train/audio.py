@@ -458,9 +458,8 @@ def train_audio(
         hearer = Hearer(config.model_params, len(tokenizer))
         task = hearing_task(config, tokenizer, hearer, corpora, batches)
         run = fit(task, config.training_params, folder, bar, tensorboard)
-        figures = run.figures[-1][1] if run.figures else task.validate(hearer.eval())
         save_model(folder, hearer.eval(), run_metadata(
-            "audio", config, run, tokens=len(tokenizer), figures=figures,
+            "audio", config, run, tokens=len(tokenizer),
             tokenizer=digest(Path(out) / "tokenizer.json"), data=data))
     return hearer
 

@@ -166,6 +166,8 @@ def run_metadata(
 ) -> dict:            # plain values
     "What is written beside the weights of a stage"
     figures = run.figures[-1][1] if run.figures else {}
+    if run.task.validate and not run.figures:      # killed between the end and here
+        with torch.no_grad(): figures = run.task.validate(run.task.model.eval())
     return dict(stage=stage, config=config.to_dict(), progress=run.progress,
                 precision=str(run.precision), figures=figures) | more
 
