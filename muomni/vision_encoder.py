@@ -134,4 +134,5 @@ def attention_map(
     qkv = a.qkv(h).unflatten(-1, (-1, a.head_width)).transpose(1, 2)
     q, k, _ = qkv.split(a.split, 1)
     q, k = a.q_norm(q), a.k_norm(k).repeat_interleave(a.split[0] // a.split[1], 1)
-    return (q @ k.transpose(-1, -2) * a.head_width ** -0.5).softmax(-1)
+    scores = q @ k.transpose(-1, -2) * a.head_width ** -0.5
+    return scores.masked_fill(~model.look, -torch.inf).softmax(-1)
