@@ -93,7 +93,8 @@ SCENE_KINDS = {
 }
 
 # %% ../../nbs/35g_questions.ipynb #ccddfd85
-ASKED = (*SCENE_KINDS, "shape", "where", "count_colour", "exists", "same_colour")
+ASKED = (*SCENE_KINDS, "shape", "shape", "where", "count_colour", "count_colour",
+         "exists", "same_colour")
 
 # %% ../../nbs/35g_questions.ipynb #331cfbce
 @lru_cache(None)
@@ -159,22 +160,32 @@ def _say_side(kind, a, b):
     return {"x": x, "y": y}, answer, [a, b], None
 
 # %% ../../nbs/35g_questions.ipynb #86c616d5
-_TOO_OFTEN_NO = {"same_colour": 0.7, **dict.fromkeys(_SIDES, 0.45)}
+_TOO_OFTEN = {"same_colour": ("no.", 0.7), "count_colour": ("one.", 0.65),
+              **dict.fromkeys(_SIDES, ("no.", 0.45))}
+
+# %% ../../nbs/35g_questions.ipynb #ec7e21d3
+def _rarer(kind, dice, found):
+    "An answer, or None where its end comes too often and the dice say so."
+    end, skip = _TOO_OFTEN.get(kind, ("", 0))
+    return None if found[1].endswith(end) and dice.chance(skip) else found
 
 # %% ../../nbs/35g_questions.ipynb #b0e1f8e3
 def _say_count(kind, dice, scene, shape):
+    "All shapes by their number; those of a colour one by one, aloud."
     shapes = scene.shapes
     if kind == "count_all":
         n, alone = number_word(len(shapes)), len(shapes) == 1
         verb = f"is {n} shape" if alone else f"are {n} shapes"
         return {}, f"there {verb}.", shapes, shapes[0] if alone else None
     colour = shape.colour if dice.chance(0.9) else dice.pick(COLOURS)
-    found = [s for s in shapes if s.colour == colour]
-    if not found:
-        return {"x": colour}, f"nothing is {colour}, so zero.", shapes, None
-    seen, n = join_words(map(_name, found)), number_word(len(found))
-    focus = found[0] if len(found) == 1 else None
-    return {"x": colour}, f"what is {colour} is {seen}, so {n}.", found, focus
+    found, said = [], []
+    for s in shapes:
+        said.append(f"{_name(s)} is {s.colour}")
+        if s.colour == colour:
+            found.append(s)
+            said.append(number_word(len(found)))
+    answer = ", ".join(said) + f", so {number_word(len(found))}."
+    return {"x": colour}, answer, shapes, found[0] if len(found) == 1 else None
 
 # %% ../../nbs/35g_questions.ipynb #730c7252
 def _say_exists(dice, scene, shape, split):
@@ -231,7 +242,7 @@ def _answer(kind, dice, scene, shape, split):
     if kind in _SAY_ONE:
         return _SAY_ONE[kind](dice, scene, shape)
     if kind.startswith("count_"):
-        return _say_count(kind, dice, scene, shape)
+        return _rarer(kind, dice, _say_count(kind, dice, scene, shape))
     if kind == "exists":
         return _say_exists(dice, scene, shape, split)
     if kind in ("describe", "ground"):
@@ -242,9 +253,7 @@ def _answer(kind, dice, scene, shape, split):
     if not others:
         return None
     say = _say_side if kind in _SIDES else _say_two
-    found = say(kind, shape, dice.pick(others))
-    skip = _TOO_OFTEN_NO.get(kind, 0) if found[1].endswith("no.") else 0
-    return None if dice.chance(skip) else found
+    return _rarer(kind, dice, say(kind, shape, dice.pick(others)))
 
 # %% ../../nbs/35g_questions.ipynb #ee9deb64
 _ASK_ON = {

@@ -62,8 +62,9 @@ def _about_words(dice, split, seed, most):
 LESSONS = (
     ("where", "where", "colour"),
     ("where", "where", "colour", "shape", "shape", "size", "at_place"),
-    ("colour", "shape", "shape", "count_colour", "size", "where", "where", "at_place",
-     "left", "right", "above", "below", "bigger", "same_colour", "exists"),
+    ("colour", "shape", "shape", "shape", "count_colour", "count_colour", "size",
+     "where", "where", "at_place", "left", "right", "above", "below", "bigger",
+     "same_colour", "exists"),
     ASKED,
 )
 
