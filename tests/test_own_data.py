@@ -13,7 +13,7 @@ SMALL = dict(width=32, layers=1, heads=1, kv_heads=1, head_width=32, mlp_width=3
 STAGES = dict(
     text=({**SIZES, "context": 256}, dict(sequence=64, batch_tokens=256), dict(dialogue_share=0.5, lesson_steps=0, valid_tokens=50, valid_dialogues=1)),
     audio=({**SMALL, "context": 128}, dict(sequence=128, batch_tokens=512), dict(augment=0.5, valid_sentences=3)),
-    vision=({**SMALL, "side": 48, "patch": 16}, dict(sequence=1, batch_tokens=8), dict(captions="simple", valid_pictures=4)),
+    vision=({**SMALL, "side": 48, "patch": 16, "window": 0}, dict(sequence=1, batch_tokens=8), dict(captions="simple", valid_pictures=4)),
     codec=(dict(width=16, layers=1, codes=8, code_width=8), dict(sequence=40, batch_tokens=160), dict(valid_sentences=3)))
 
 
