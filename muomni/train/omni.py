@@ -531,7 +531,7 @@ def _built(metadata):
     return OmniModel(config.model_params, thinker, seer, hearer)
 
 # %% ../../nbs/31_all_at_once.ipynb #14c9a363
-KEPT = 0.3    # share of the Thinker before this stage in the Thinker after it
+KEPT = 0.15   # share of the Thinker before this stage in the Thinker after it
 
 @torch.no_grad()
 def blend(
