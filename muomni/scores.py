@@ -23,7 +23,7 @@ from torch import Tensor
 # %% ../nbs/40c_scores.ipynb #8ffedd56
 from .audio import RATE
 from .config import SpeechConfig, config_from_dict, load_config
-from .data.corpus import corpus_items, speech_corpus
+from .data.corpus import speech_corpus
 from .data.scenes import draw
 from .data.sentences import all_words, some_voice
 from .data.speech import SPEAKING, say
@@ -31,9 +31,7 @@ from .data.synth import SpeechError
 from .data.words import NUMBERS
 from .data.world import Dialogue, make_dialogue
 from .inference import Omni
-from .train.audio import (
-    hear, letter_language, letter_reader, plain, scored_sounds,
-    silence, word_error_rate)
+from .train.audio import hear, hearing_scores, letter_language, plain
 from .train.checkpoint import CheckpointError, find_checkpoint, is_trained
 from .train.codec import voice_sentences
 from .train.omni import Talk, dialogue_talk, heard_states, omni_answers
@@ -101,7 +99,7 @@ def _listener(model):
         sound = np.concatenate([rest, wave.numpy(), rest])
         for unique in (0, 3):            # caught in a loop: once more, without repeats
             parts = list(model.transcribe(
-                sound, language="en", beam_size=1, temperature=0.0,
+                sound, language="en", beam_size=5, temperature=0.0,
                 condition_on_previous_text=False, without_timestamps=True,
                 no_repeat_ngram_size=unique)[0])
             if all(part.compression_ratio <= LOOP for part in parts): break
@@ -257,28 +255,11 @@ def hearing_card(
     scorer: Callable | None = None,   # language model of letters; None = all of it
 ) -> tuple[dict, dict]:     # the part of the card, its controls
     "Word error rates by kind and voice; silence"
-    trained = {plain(text) for text, _ in corpus_items(data)}
-    sounds = scored_sounds(split, count, trained, bar=False)
-    rates = {_HEARD[kind].format(who): _ear_rate(omni, corpus)
-             for (kind, who), corpus in sounds.items()}
-    reader = letter_reader(scorer or letter_language())
-    for who in ("known", "unseen"):
-        rates[f"open_{who}"] = _ear_rate(omni, sounds["english", who], reader)
-        rates[f"wer_{who}_language"] = _ear_rate(omni, sounds["world", who], reader)
-    world = sounds["world", "known"]
-    hush, texts = hear(omni.hearer, omni.tokenizer, silence(world)), world.texts
-    controls = dict(hearing_silence=word_error_rate(hush, texts[:len(hush)]),
-                    hearing_chance=word_error_rate(texts[1:] + texts[:1], texts))
-    return rates | dict(n=dict(sentences=count)), controls
-
-# %% ../nbs/40c_scores.ipynb #3443dc08
-_HEARD = dict(world="wer_{}", everyday="everyday_{}", english="open_{}_greedy")
-
-def _ear_rate(omni, corpus, reader=None):
-    "Word error rate on a corpus; `reader`: see `hear`"
-    waves = [wave for wave, _ in corpus]
-    given = hear(omni.hearer, omni.tokenizer, waves, reader)
-    return word_error_rate(given, corpus.texts)
+    rates = hearing_scores(omni.hearer, omni.tokenizer, split, count, scorer, False, data)
+    controls = dict(hearing_silence=rates.pop("wer_silence"),
+                    hearing_chance=rates.pop("wer_other"))
+    words = rates.pop("n")
+    return rates | dict(n=dict(sentences=count, words=words["wer_known"])), controls
 
 # %% ../nbs/40c_scores.ipynb #c4df091b
 def speaking_card(

@@ -586,19 +586,20 @@ def hearing_scores(
     bar: bool = True,        # show progress bars
     data: SpeechConfig | None = None,   # what it was trained on; None = that of `nano`
 ) -> dict:                   # rates; by_voice; n, words of each rate
-    "The hearing part of the scorecard"
+    "The hearing part of the scorecard, and its controls: silence, another sentence"
     data = data or load_config("audio_enc_nano").data_params
     heard = {plain(text) for text, _ in corpus_items(data)}
     sounds = scored_sounds(split, sentences, heard, bar)
     counts, voices = _greedy_errors(hearer, tokenizer, sounds)
-    reader = letter_reader(scorer or letter_language(), width=16)
+    reader = letter_reader(scorer or letter_language())
     for kind, name in sounds:
         corpus, key = sounds[kind, name], _NAMES[kind][1].format(name)
         given = hear(hearer, tokenizer, [wave for wave, _ in corpus], reader)
         counts[key] = word_errors(given, corpus.texts)
     world = sounds["world", "known"]
-    hush = hear(hearer, tokenizer, silence(world))
-    counts["wer_silence"] = word_errors(hush, world.texts[:len(hush)])
+    hush, texts = hear(hearer, tokenizer, silence(world)), world.texts
+    counts["wer_silence"] = word_errors(hush, texts[:len(hush)])
+    counts["wer_other"] = word_errors(texts[1:] + texts[:1], texts)
     rates = {k: round(wrong / n, 4) for k, (wrong, n) in counts.items()}
     return rates | dict(by_voice=voices, n={k: n for k, (_, n) in counts.items()})
 
