@@ -255,11 +255,12 @@ def hearing_card(
     scorer: Callable | None = None,   # language model of letters; None = all of it
 ) -> tuple[dict, dict]:     # the part of the card, its controls
     "Word error rates by kind and voice; silence"
-    rates = hearing_scores(omni.hearer, omni.tokenizer, split, count, scorer, False, data)
+    rates = hearing_scores(omni.hearer, omni.tokenizer, split, count, scorer,
+                           bar=False, data=data)
     controls = dict(hearing_silence=rates.pop("wer_silence"),
                     hearing_chance=rates.pop("wer_other"))
-    words = rates.pop("n")
-    return rates | dict(n=dict(sentences=count, words=words["wer_known"])), controls
+    n = dict(sentences=count, words=rates["n"]["wer_known"])
+    return rates | dict(n=n), controls
 
 # %% ../nbs/40c_scores.ipynb #c4df091b
 def speaking_card(
