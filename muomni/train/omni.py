@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/31_all_at_once.ipynb #39019512
 from ..audio import HOP
@@ -369,13 +370,19 @@ def drift(
     ids: Tensor,         # (B, T) tokens
     labels: Tensor,      # (B, T) the token after each; -100 = does not count
     documents: Tensor | None = None,  # (B, T) int, packed documents
+    rows: int = 512,     # places whose scores exist at one time
 ) -> Tensor:             # 0-dim, nats per token; 0 = it guesses as before
     "How far a model's guesses have moved: their mean Kullback-Leibler divergence"
-    def guesses(m): return m(ids, documents=documents).float().log_softmax(-1)
-    with torch.no_grad(): old = guesses(before)
-    apart = F.kl_div(guesses(now), old, reduction="none", log_target=True).sum(-1)
-    counts = labels != -100
-    return (apart * counts).sum() / counts.sum().clamp(min=1)
+    def states(m): return m.hidden(ids, documents=documents).flatten(0, 1).split(rows)
+    def apart(new, old, counts):
+        q, p = (m.logits(h).float().log_softmax(-1) for m, h in ((now, new), (before, old)))
+        return (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * counts).sum()
+    counts = labels.flatten() != -100
+    with torch.no_grad(): old = states(before)
+    # scores are wide: a few are made, and made again on the way back, none is kept
+    total = sum(checkpoint(apart, *part, use_reentrant=False)
+                for part in zip(states(now), old, counts.split(rows)))
+    return total / counts.sum().clamp(min=1)
 
 # %% ../../nbs/31_all_at_once.ipynb #49689f24
 def omni_loss(
