@@ -131,6 +131,7 @@ def as_wave(
 def _one_channel(wave):
     "(samples,) float32 from whole numbers, from channels first or channels last"
     wave = torch.as_tensor(wave).detach().cpu()
+    if wave.dtype == torch.uint8: wave = wave.float() / 128 - 1    # its silence is 128
     if not wave.is_floating_point():
         wave = wave.float() / (torch.iinfo(wave.dtype).max + 1)
     if wave.dim() == 2: wave = wave.float().mean(int(wave.shape[0] > wave.shape[1]))
@@ -142,6 +143,7 @@ def _one_channel(wave):
 # %% ../nbs/32c_inference.ipynb #8d0b08da
 def _check_sound(name, wave, rate):
     "Refuse what is too long, too short, damaged or silent"
+    if rate <= 0: raise AudioError(f"{name} has {rate} samples a second, expected 1 or more")
     seconds = len(wave) / rate
     if seconds > LONGEST:
         raise AudioError(f"{name} is {seconds:.0f} s long, more than {LONGEST:g} s: "

@@ -9,9 +9,10 @@ __all__ = ['LOOP', 'SENSES', 'BARS', 'spoken_form', 'Judge', 'load_judge', 'Ques
 
 # %% ../nbs/40c_scores.ipynb #65e746ae
 import hashlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -148,22 +149,23 @@ def picture_questions(
 # %% ../nbs/40c_scores.ipynb #4b34c698
 def best_guess(
     asked: list[Question],   # the exam
-    split: str,              # whose other questions the guesser has seen
     key: Callable = lambda q: (q.kind, q.text),   # all that it knows of a question
-    seen: int = 6000,        # other questions of this exam that it has seen
+    read: Sequence[Question] = (),   # what the guesser has read; empty = training
 ) -> float:                  # share right
-    "What one reaches who knows the exam well and looks at nothing but the key"
+    "What one reaches who has read a lot and looks at nothing but the key"
     table = {}
-    for q in _other_questions(split, seen):
+    for q in read or _training_questions(6000):
         for k in (key(q), q.kind): table.setdefault(k, Counter())[q.answer] += 1
     def guess(q): return table.get(key(q), table.get(q.kind)).most_common(1)[0][0]
     return sum(q.kind in table and guess(q) == q.answer for q in asked) / max(1, len(asked))
 
 # %% ../nbs/40c_scores.ipynb #341e05fd
 @lru_cache(4)
-def _other_questions(split, count):
-    "Questions that no exam asks; made once, since each guess counts them"
-    return tuple(picture_questions(split, count, seed=10_000_000))
+def _training_questions(count):
+    "Questions about scenes of training; made once, since each guess counts them"
+    talks = map(make_dialogue, itertools.count())
+    each = (Question(d, i) for d in talks if d.scene for i in range(len(d.turns)))
+    return tuple(itertools.islice(each, count))
 
 # %% ../nbs/40c_scores.ipynb #c7ce849b
 def others(
@@ -220,7 +222,7 @@ def seeing_card(
     first = [q for q in asked if q.turn == 0]
     blank = exam_share(omni, first, look=torch.zeros_like)[0]
     controls = dict(seeing_blank=blank, seeing_shuffled=_shuffled(omni, first),
-                    seeing_chance=best_guess(first, split))
+                    seeing_chance=best_guess(first))
     return dict(exact=exact, by_kind=shares,
                 n=dict(questions=len(asked), controls=len(first))), controls
 
@@ -314,9 +316,9 @@ def omni_card(
     sounds = heard_states(omni.model, waves)
     hush = heard_states(omni.model, [torch.zeros_like(wave) for wave in waves])
     controls = dict(omni_shuffled=_shuffled(omni, asked, sounds),
-                    omni_chance=best_guess(asked, split),
+                    omni_chance=best_guess(asked),
                     omni_silence=exam_share(omni, asked, hush)[0],
-                    omni_silence_chance=best_guess(asked, split, lambda q: None))
+                    omni_silence_chance=best_guess(asked, lambda q: None))
     section = dict(text_exact=exam_share(omni, asked, sounds)[0])
     return section | dict(n=dict(questions=len(asked))), controls
 

@@ -408,6 +408,18 @@ def links(root):
 
 # ---- the package
 
+def chapters(root):
+    "The first lines of a notebook link a chapter that is there, and say of no other that it is"
+    there, bad = {p.name[:2]: p.name for p in (root / "study").glob("[0-9]*.md")}, []
+    for name, nb in notebooks(root).items():
+        said = re.search(r"Chapter: (\[?(\d\d).*)", "\n".join(source(c) for c in nb["cells"]))
+        if not said: continue
+        number = said[2]
+        right = f"[{number}](../study/{there[number]})" if number in there else f"{number} (to come)"
+        if said[1].strip() != right: bad.append(f"{name} says chapter {said[1]}, expected {right}")
+    return bad
+
+
 def python(code, root, **env):
     "What `code` prints in a fresh Python that sees this muomni"
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **env}

@@ -6,7 +6,7 @@ import check_site, pages, structure as S
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = [S.export_drift, S.one_notebook_each, S.floors, S.unique_names, S.docments, S.star_imports, S.absolute_imports, S.unused_imports, S.sliders, S.import_cells, S.last_cell,
-         S.long_cells, S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.foreign_imports, check_site.sources]
+         S.long_cells, S.outputs, S.sizes, S.alt_text, S.emoji, S.machine_names, S.links, S.chapters, S.foreign_imports, check_site.sources]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda f: f.__name__)
@@ -139,6 +139,8 @@ BREAKS = {
     "registry": (S.machine_names, "README.md", lambda r: (r / "README.md").write_text("https://py" + "pi.org/simple")),
     "dead link": (S.links, "leads nowhere", lambda r: add(r, text("[x](../study/99-none.md)"))),
     "dead link in a chapter": (S.links, "study/07-double.md", lambda r: (r / "study/07-double.md").write_text("[x](07_double.ipynb)")),
+    "chapter that is there": (S.chapters, "expected [07](", lambda r: add(r, text("# x\n\nChapter: 07 (to come)"), name="08_new.ipynb")),
+    "chapter that is not": (S.chapters, "expected 08 (to come)", lambda r: add(r, text("# x\n\nChapter: 08"), name="08_new.ipynb")),
     "nbdev in the package": (S.foreign_imports, "fastcore", lambda r: module(r, "nn.x", "from fastcore.basics import store_attr\n")),
     "not in the sidebar": (check_site.sources, "08_new.ipynb is not in the sidebar", lambda r: add(r, text("x"), name="08_new.ipynb")),
     "chapter not in the sidebar": (check_site.sources, "study/08-new.md is not in the sidebar", lambda r: (r / "study/08-new.md").write_text("# x")),

@@ -126,6 +126,15 @@ def _sweep(place):
         last = max(p.stat().st_mtime for p in [part, *part.glob("samples.i16")])
         if last < time.time() - 600: shutil.rmtree(part, ignore_errors=True)
 
+# %% ../../nbs/35m_corpus.ipynb #placecorp
+def _place(part, folder):
+    "Rename, which fails where a folder is: what is whole there stays, for others read it"
+    try: part.rename(folder)
+    except OSError:
+        if _read_index(folder) is not None: return      # another process was faster
+        shutil.rmtree(folder, ignore_errors=True)       # damaged
+        part.rename(folder)
+
 # %% ../../nbs/35m_corpus.ipynb #881fc9fc
 def _make(folder, items, workers, bar, speak):
     "Make it beside its place, then rename: there is never half a corpus"
@@ -134,9 +143,7 @@ def _make(folder, items, workers, bar, speak):
     part = Path(tempfile.mkdtemp(".part", f"{folder.name}.", folder.parent))
     try:
         _speak_into(part, items, workers, bar, speak)
-        if _read_index(folder) is None:         # nobody was faster
-            shutil.rmtree(folder, ignore_errors=True)   # damaged, if there at all
-            part.rename(folder)
+        _place(part, folder)
     except OSError as e:
         if _read_index(folder) is None:
             raise OSError(f"{folder}: cannot be written ({e.strerror}); let the "

@@ -36,7 +36,8 @@ from ..data.sounds import augment
 from ..data.stream import SoundStream
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
-from .checkpoint import digest, folder_lock, load_part, save_model
+from .checkpoint import (
+    digest, folder_lock, load_part, made_of, save_model)
 from .device import home, moved
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
@@ -51,8 +52,9 @@ def hearing_corpora(
     d = config.data_params
     wanted = dict(train=("train", "train"), known=("valid", "train"),
                   unseen=("valid", "valid"))
-    return {name: speech_corpus(corpus_items(d, *splits), bar=bar)
-            for name, splits in wanted.items()}
+    with one_first(join_group()):        # of several processes one speaks, all listen
+        return {name: speech_corpus(corpus_items(d, *splits), bar=bar)
+                for name, splits in wanted.items()}
 
 # %% ../../nbs/28_hearing.ipynb #1404e177
 def collapse(
@@ -404,7 +406,7 @@ def hearing_figures(
     if unseen:
         other = heard([w for w, _ in unseen])
         pairs["wer_unseen"] = word_errors(other, [t for _, t in unseen])
-    return {name: wrong / size for name, (wrong, size) in pairs.items()}
+    return {name: wrong / max(1, size) for name, (wrong, size) in pairs.items()}
 
 # %% ../../nbs/28_hearing.ipynb #670fabe0
 def hearing_loss(
@@ -457,6 +459,7 @@ def train_audio(
         torch.manual_seed(config.training_params.seed)
         hearer = Hearer(config.model_params, len(tokenizer))
         task = hearing_task(config, tokenizer, hearer, corpora, batches)
+        task.built_on = made_of(out, "tokenizer.json")
         run = fit(task, config.training_params, folder, bar, tensorboard)
         save_model(folder, hearer.eval(), run_metadata(
             "audio", config, run, tokens=len(tokenizer),
@@ -494,7 +497,7 @@ def beam_search(
     least: float = -8.0,    # nats below the best of a state; what is lower is not tried
 ) -> list[int]:             # (S,) ids
     "The best text, where a text is worth all its alignments together"
-    logp = logits.float().log_softmax(-1).numpy()
+    logp = logits.float().log_softmax(-1).cpu().numpy()
     beams, blank = {(): (0.0, -math.inf)}, logp.shape[1] - 1
     for row in logp:
         symbols = np.flatnonzero(row >= row.max() + least)

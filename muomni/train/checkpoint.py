@@ -140,7 +140,8 @@ def save_model(
     "Weights, and what is known about them"
     state = whole(model.state_dict())       # of all processes, if each has a slice
     if not _is_first(): return
-    def kept(v): return dtype if dtype and v.is_floating_point() else v.dtype
+    def kept(v):           # a single number, such as a pace, keeps its digits
+        return dtype if dtype and v.is_floating_point() and v.dim() else v.dtype
     weights = {k: v.detach().to(kept(v)).cpu().contiguous().clone()
                for k, v in state.items()}           # clone: tied weights twice
     data = save(weights)
@@ -268,11 +269,13 @@ def digest(
 # %% ../../nbs/39_checkpoint.ipynb #73347ba7
 def made_of(
     out: str | Path,   # the checkpoint folder of all stages
-    *stages: str,      # folders of stages that another learned from, such as "thinker"
-) -> dict[str, str]:   # folder -> sha256 of its weights, of those that are there
+    *parts: str,       # what a stage learned from: "thinker", ..., "tokenizer.json"
+) -> dict[str, str]:   # part -> sha256 of its weights or its file, if it is there
     "What a stage was built on"
-    there = (s for s in stages if is_trained(Path(out) / s))
-    return {s: find_checkpoint(Path(out) / s)[1].get("sha256", "") for s in there}
+    def mark(path):
+        return digest(path) if path.is_file() else find_checkpoint(path)[1].get("sha256", "")
+    paths = {part: Path(out) / part for part in parts}
+    return {p: mark(at) for p, at in paths.items() if at.is_file() or is_trained(at)}
 
 # %% ../../nbs/39_checkpoint.ipynb #bae56484
 def save_state(

@@ -41,6 +41,7 @@ class Task:
     weight: Callable[[object], int]                # tokens of a batch that carry loss
     validate: Callable[[nn.Module], dict] | None = None   # figures on held-out data
     judge: str = ""    # the figure that tells the best weights; "-wer": less is better
+    built_on: dict = field(default_factory=dict)   # part -> sha256, see `made_of`
 
 # %% ../../nbs/26_loop.ipynb #5e8f0e91
 def train_step(
@@ -166,10 +167,12 @@ def run_metadata(
 ) -> dict:            # plain values
     "What is written beside the weights of a stage"
     figures = run.figures[-1][1] if run.figures else {}
-    if run.task.validate and not run.figures:      # killed between the end and here
+    judges = not run.group.rank or run.config.shard      # as in the loop
+    if run.task.validate and judges and not run.figures:  # killed between end and here
         with torch.no_grad(): figures = run.task.validate(run.task.model.eval())
     return dict(stage=stage, config=config.to_dict(), progress=run.progress,
-                precision=str(run.precision), figures=figures) | more
+                precision=str(run.precision), figures=figures,
+                made_of=run.task.built_on) | more
 
 # %% ../../nbs/26_loop.ipynb #d35da905
 def start_run(
@@ -185,6 +188,7 @@ def start_run(
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
+    _same_parts(folder, p, task.built_on)
     _can_share(folder, p, c, group)
     if p.setdefault("minutes", c.minutes) != c.minutes:    # another budget, another plan
         p["minutes"] = c.minutes
@@ -206,6 +210,12 @@ def _same_settings(folder, progress, config):
         key, old, new = change
         raise CheckpointError(f"{folder}: began with training_params.{key}={old}, now "
             f"it is {new}; set it back, or delete state*.pt to start anew")
+
+def _same_parts(folder, progress, built_on):
+    "Refuse to go on with another tokenizer, or other parts, than at the first start"
+    if change := first_change(progress.setdefault("built_on", built_on), built_on):
+        raise CheckpointError(f"{folder}: began with another {change[0]} than the one in "
+            f"{folder.parent}; put that back, or delete state*.pt to start anew")
 
 # %% ../../nbs/26_loop.ipynb #6248d233
 def _can_share(folder, progress, config, group):

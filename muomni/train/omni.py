@@ -574,8 +574,7 @@ def train_omni(
         heard = {split: hear_split(model, config.data_params, split, bar=bar)
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
+        task.built_on = made_of(out, "tokenizer.json", "thinker", "audio", "vision")
         run = fit(task, t, out / "omni", bar, tensorboard)
-        known = run_metadata("omni", config, run,
-                             made_of=made_of(out, "thinker", "audio", "vision"))
-        save_omni(out, model, known, SHIPPED)
+        save_omni(out, model, run_metadata("omni", config, run), SHIPPED)
     return model

@@ -325,10 +325,11 @@ def train_talker(
         torch.manual_seed(t.seed)
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
+        reads = "omni" if is_trained(out / "omni") else "thinker"
+        task.built_on = made_of(out, "tokenizer.json", "codec", reads)
         run = fit(task, t, out / "talker", bar, tensorboard)
-        known = made_of(out, "codec", "omni" if is_trained(out / "omni") else "thinker")
         save_model(out / "talker", talker.eval(), run_metadata(
-            "talker", config, run, codec=known["codec"], made_of=known), SHIPPED)
+            "talker", config, run, codec=task.built_on["codec"]), SHIPPED)
     return talker
 
 # %% ../../nbs/30_speaking.ipynb #260d58c9

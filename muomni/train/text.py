@@ -25,7 +25,7 @@ from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
-from .checkpoint import digest, folder_lock, save_model
+from .checkpoint import digest, folder_lock, made_of, save_model
 from .device import home
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
@@ -379,6 +379,7 @@ def train_text(
         torch.manual_seed(config.training_params.seed)
         model = ThinkerLM(config.model_params)
         task = text_task(config, tokenizer, model, own)
+        task.built_on = made_of(out, "tokenizer.json")
         run = fit(task, config.training_params, out / "thinker", bar, tensorboard)
         save_model(out / "thinker", model.eval(), run_metadata(
             "text", config, run, data=own_fingerprint(own) or fingerprint(),

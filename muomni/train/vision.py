@@ -27,6 +27,7 @@ from torch import Tensor, nn
 # %% ../../nbs/29_seeing.ipynb #1c8e539a
 from ..config import Config, VisionConfig
 from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
+from ..data.rows import DataError
 from ..data.scenes import (
     Scene, caption, draw, is_held_out, make_scene, noun_picture, nouns)
 from ..data.stream import PictureStream, Stream
@@ -70,7 +71,8 @@ class ThinkerReader:
         texts: list[str],     # sentences
     ) -> Tensor:              # (N, D) float32
         "The mean state of each; those of like length are read together"
-        ids = self.tokenizer.encode_many(texts)
+        longest = self.thinker.config.context // 8 * 8     # the rest is not read
+        ids = [row[:longest] for row in self.tokenizer.encode_many(texts)]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         low = self.precision != torch.float32
         out = torch.empty(len(ids), self.words.shape[1])
@@ -121,10 +123,14 @@ def caption_words(
     captions = list(captions) or [caption(make_scene(i)) for i in range(3000)]
     ids, count = tokenizer.encode_many(captions), len(captions)
     found = Counter(i for row in ids for i in set(row))
-    for row in tokenizer.encode_many(list(extra)): found.update(set(row) - found.keys())
-    kept = {i: n / count for i, n in sorted(found.items())
-            if 0.01 < n / count < 0.99 or n == 1}
-    return list(kept), list(kept.values())
+    kept = {i: n / count for i, n in found.items() if 3 <= n < 0.99 * count}
+    for row in tokenizer.encode_many(list(extra)):       # one is enough of these
+        kept |= {i: 1 / count for i in set(row) - found.keys()}
+    if not kept:
+        raise DataError("the captions hold no word that tells pictures apart: one that "
+                        "is in three of them and not in all")
+    ids = sorted(kept)
+    return ids, [kept[i] for i in ids]
 
 # %% ../../nbs/29_seeing.ipynb #e17ca435
 class WordHead(nn.Module):
@@ -209,6 +215,7 @@ class PictureBatch:
     pixels: Tensor      # (B, 3, side, side)
     sentences: Tensor   # (B / 2, ...) as the reader gives them
     present: Tensor     # (B, W) bool, which words are in the sentence
+    twins: Tensor       # (B / 2, B / 2) bool, right as well: same picture or sentence
 
 # %% ../../nbs/29_seeing.ipynb #picbatch
 def picture_batch(
@@ -220,7 +227,13 @@ def picture_batch(
     texts = [text for _, text in pairs]
     tokens, _ = pad_rows(reader.tokenizer.encode_many(texts))
     return PictureBatch(torch.stack([x for x, _ in pairs]), reader(texts[::2]),
-                        (tokens[:, :, None] == ids).any(1))
+                        (tokens[:, :, None] == ids).any(1), _twins(pairs[::2]))
+
+def _twins(pairs):
+    "Which sentence is no rival of which, though it belongs to another row"
+    def alike(keys): return torch.tensor([[a == b for b in keys] for a in keys])
+    same = alike([hash(x.numpy().tobytes()) for x, _ in pairs])
+    return (same | alike([text for _, text in pairs])).fill_diagonal_(False)
 
 # %% ../../nbs/29_seeing.ipynb #bcb0cbe6
 class PictureBatches:
@@ -307,7 +320,10 @@ def seeing_loss(
     "Which sentence is it, and which words are in it?"
     seer = parts["seer"]
     one, places = seer(batch.pixels)
-    whole = contrastive_loss(seer.scale * one[::2] @ seer.read(batch.sentences).T)
+    said = seer.read(batch.sentences)
+    with torch.autocast(one.device.type, enabled=False):   # bfloat16 is too coarse here
+        similarity = seer.scale * one[::2] @ said.T
+    whole = contrastive_loss(similarity.masked_fill(batch.twins, -torch.inf))
     words = F.binary_cross_entropy_with_logits(
         parts["words"](places), batch.present.float(), reduction="sum")
     return whole + words / len(batch.pixels)
@@ -472,6 +488,12 @@ def new_parts(
     seer.to_words.bias.data.copy_(head.mean)      # begin with what all words share
     return nn.ModuleDict(dict(seer=seer, words=head))
 
+# %% ../../nbs/29_seeing.ipynb #5e2ad814
+def _first(stream, texts=1000, images=64):
+    "The first captions of your own, and the first few pictures"
+    return [(x if i < images else None, text)
+            for i, (x, text) in enumerate(islice(stream, texts))]
+
 # %% ../../nbs/29_seeing.ipynb #ownpics1
 def own_pictures(
     config: Config,        # data_params.files says where; "" = nowhere
@@ -535,11 +557,12 @@ def as_loud_as_words(
     "Scale what a place adds to the mean word to the size of what a word adds"
     side = seer.encoder.config.side
     images = images or [draw(make_scene(i), side) for i in range(64)]
-    adds = (look(seer, images)[1] - head.mean).norm(dim=-1).mean()
-    gain = (words - head.mean).norm(dim=-1).mean() / adds
-    layer = seer.to_words
+    mean, layer = head.mean.cpu(), seer.to_words            # what is looked at comes back
+    adds = (look(seer, images)[1] - mean).norm(dim=-1).mean()      # to the CPU
+    gain = ((words.cpu() - mean).norm(dim=-1).mean() / adds).to(layer.bias.device)
     layer.weight.mul_(gain)
-    layer.bias.sub_(head.mean).mul_(gain).add_(head.mean)
+    mean = mean.to(layer.bias.device)
+    layer.bias.sub_(mean).mul_(gain).add_(mean)
 
 # %% ../../nbs/29_seeing.ipynb #41751f46
 def train_vision(
@@ -553,18 +576,19 @@ def train_vision(
     with folder_lock(folder):
         precision = choose_precision(config.training_params.precision)
         reader = text_reader(config, out, precision)
-        read_by = made_of(out, config.data_params.captions)    # "simple" is no stage: {}
         own = own_pictures(config, folder)
-        some = list(islice(own["train"], 1000)) if own else []
+        some = _first(own["train"]) if own else []
         parts = new_parts(config, reader, [text for _, text in some])
         task = vision_task(config, reader, parts, own)
+        task.built_on = made_of(out, "tokenizer.json", config.data_params.captions)
         run = fit(task, config.training_params, folder, bar, tensorboard)
         seer, head = parts.eval()["seer"], parts["words"]
-        as_loud_as_words(seer, head, reader.words[head.ids], [x for x, _ in some[:64]])
+        images = [x for x, _ in some if x is not None]
+        as_loud_as_words(seer, head, reader.words[head.ids], images)
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
         save_model(folder, seer, run_metadata(
             "vision", config, run, tokens=tokens, data=own_fingerprint(own),
-            text_width=seer.to_words.out_features, made_of=read_by))
+            text_width=seer.to_words.out_features))
     return seer
 
 # %% ../../nbs/29_seeing.ipynb #513da487
