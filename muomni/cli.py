@@ -32,8 +32,8 @@ def _line(error, command="COMMAND"):
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     words = next(iter(str(error).strip().splitlines()), "")
-    name = type(error).__name__
-    told = name in _TOLD or isinstance(error, OSError) or _our_words(error)
+    name, kinds = type(error).__name__, {c.__name__ for c in type(error).__mro__}
+    told = kinds & set(_TOLD) or isinstance(error, OSError) or _our_words(error)
     if words and told: return words
     if words: name += f": {words}"
     return f"{name}; `muomni {command} --debug ...` shows where"
@@ -93,9 +93,13 @@ def _own_data(args):
     if not args.data: return []
     if args.stage not in ("text", "audio", "vision", "codec"):
         raise Misuse("--data is for text, audio, vision or codec: name one of them")
-    from muomni.data.check import data_files
-    data_files(args.data)                          # or one line that says why not
-    return [f"data_params.files={json.dumps(str(args.data))}"]
+    from muomni.data.check import data_files, open_rows
+    from muomni.data.fit_config import FITS
+    kind, fits = open_rows(data_files(args.data)[0])[0], FITS[ORDER[args.stage]]
+    if kind not in fits:
+        raise Misuse(f"{args.data} holds {kind}, and {args.stage} learns from "
+                     + " or ".join(fits))
+    return [f"data_params.files={json.dumps(os.path.normpath(args.data))}"]
 
 # %% ../nbs/38_cli.ipynb #67584203
 def _shared_minutes(configs, minutes):
@@ -208,9 +212,11 @@ def _train_apart(stage, config, out, more):
              "--config", config.name,
              "--minutes", str(config.training_params.minutes)]
     words += ["--tensorboard"] * bool(more)
-    before = signal.signal(signal.SIGINT, lambda *_: None)      # the stage's to answer
+    # no signal of the terminal reaches it: it stops when its input ends, and once only
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    before = signal.signal(signal.SIGINT, lambda *_: child.stdin.close())
     try:
-        with subprocess.Popen(words, stdin=subprocess.PIPE) as child: status = child.wait()
+        with child: status = child.wait()
     finally: signal.signal(signal.SIGINT, before)
     if status == 130: raise KeyboardInterrupt
     if status: raise Trouble(f"{stage}: ended with status {status}; what it said stands "
@@ -718,6 +724,8 @@ def main(
     argv: list[str] | None = None,   # the words after `muomni`; None = the terminal's
 ) -> int:                            # 0 done, 1 went wrong, 2 wrong use, 130 stopped
     "The `muomni` command"
+    for name in ("stdout", "stderr"):          # closed by who called: write to nowhere
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, "w"))
     try: args = parser().parse_args(argv)
     except SystemExit as e: return _said(e.code or 0)   # --help, --version, wrong use
     except BrokenPipeError: return _reader_is_gone() or 0   # argparse's, in older Pythons

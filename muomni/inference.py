@@ -275,9 +275,10 @@ def _need(omni, ability):
     lacks = [p for p in NEEDS[ability] if omni.parts[p] is None]
     if not lacks: return
     where = f" in {omni.folder}" if omni.folder else ""
+    out = f" --out {omni.folder}" if omni.folder else ""
     raise CheckpointError(
         f"this checkpoint cannot {ability}: there is no {' and no '.join(lacks)}"
-        f"{where}; `muomni train {_STAGES.get(lacks[0], lacks[0])}` makes it")
+        f"{where}; `muomni train {_STAGES.get(lacks[0], lacks[0])}{out}` makes it")
 
 # %% ../nbs/32c_inference.ipynb #1097c931
 def _part(folder, name, make, stage):

@@ -259,7 +259,7 @@ def generate_batch(
     s: Sampling = Sampling(),    # how to draw; a seed serves all rows together
     embed: Callable | None = None,   # prompt ids (B, T) -> (B, T, D); default: table
 ) -> list[list[int]]:            # new tokens of each, up to its stop token
-    "Decode many prompts together, each stopping by itself"
+    "Decode many prompts together; the longest leaves its room to all of them"
     device = model.embedding.weight.device
     seen, lengths = _rectangle(prompts, device)
     B, T = seen.shape

@@ -1,5 +1,5 @@
 """The command line as a user meets it: results, remarks, exit statuses, help, a conversation at a terminal."""
-import contextlib, json, os, re, shlex, signal, subprocess, sys, time
+import contextlib, io, json, os, re, shlex, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import muomni
@@ -49,17 +49,28 @@ def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, stat
     "In their order, with their share of the minutes; what ends one ends the command, and Ctrl-C is as it was"
     started, before = [], signal.getsignal(signal.SIGINT)
     class Child(contextlib.nullcontext):
-        def __init__(self, words, stdin):
+        def __init__(self, words, stdin, start_new_session):
             started.append(words)
             assert stdin == subprocess.PIPE and "_stage_of_all()" in words[2]     # which stops at the pipe's end
+            assert start_new_session                                              # and at nothing else
+            self.stdin = io.BytesIO()
             super().__init__(self)
-        def wait(self): return ends
+        def wait(self):
+            if ends == 130: signal.raise_signal(signal.SIGINT)
+            assert self.stdin.closed == (ends == 130)
+            return ends
     monkeypatch.setattr(subprocess, "Popen", Child)
     result = call("train", "all", "--minutes", "6", "--out", tmp_path)
     assert result[:2] == (status, "") and told in result[2] and signal.getsignal(signal.SIGINT) is before
     parsed = [cli.parser().parse_args(words[3:]) for words in started]
     assert [a.stage for a in parsed] == (list(cli.ORDER) if ends == 0 else ["text"])
     assert all(a.out == str(tmp_path) for a in parsed) and (ends or sum(a.minutes for a in parsed) == pytest.approx(6))
+
+
+def test_closed_streams_are_no_error(monkeypatch):
+    "As after `muomni ... >&-`"
+    for name in ("stdout", "stderr"): monkeypatch.setattr(sys, name, None)
+    assert cli.main(["--version"]) == 0 and cli.main(["sing"]) == 2
 
 
 # ---- --json: the result and nothing else

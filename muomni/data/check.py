@@ -53,7 +53,7 @@ def roles_of(
     has = {role: [c for c in columns if c in value] for role, columns in ROLES.items()}
     shared = set(SOUND_COLUMNS) & set(IMAGE_COLUMNS)
     found = [role for role in ("sound", "image") if set(has[role]) - shared]
-    if not found and has["sound"]:                       # `path` or `file`, nothing else
+    if not found and has["sound"]:                       # `path`, `file`, ...
         ending = Path(str(value[has["sound"][0]])).suffix.lower()
         found = ["image" if ending in PICTURES else "sound"]
     roles = (*found, *["text"] * bool(has["text"]))
@@ -315,7 +315,8 @@ def findings(
     if report["repeated"]:
         warnings.append(f"contents that repeat: {report['repeated']}")
     if good and not report["split"].get("valid"):
-        warnings.append("no row is left for validation")
+        problems.append("no row is left for validation, and training wants one: name a "
+                        "file after it, as in valid.csv, or add rows")
     if report["kind"] == "sound_text" and not report["tokenizer"]:
         warnings.append("whether transcripts fit was not looked at: give a tokenizer")
     return problems, warnings

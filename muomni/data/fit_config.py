@@ -136,9 +136,10 @@ def fit_batch(
     "A batch of at most a twentieth of the data, in pieces that the memory holds."
     t, why = config.training_params, "as it was, in whole rows"
     batch = max(row, t.batch_tokens // row * row)
-    if batch > max(row, amount // 20):
-        batch = max(row, amount // 20 // row * row)
-        why = f"a twentieth of {amount:,} units of data"
+    least = 32 if config.stage == "vision" else row     # a picture is told from others
+    if batch > max(least, amount // 20):
+        batch = max(least, amount // 20 // row * row)
+        why = f"a twentieth of {amount:,} units of data" + ", or 32" * (batch == least > row)
     accumulate = t.accumulate
     if fits is not None:
         if fits < row:

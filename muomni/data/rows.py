@@ -237,7 +237,7 @@ def _remove(path, process, now=os.getpid, unlink=os.unlink, gone=FileNotFoundErr
 
 # %% ../../nbs/35r_rows.ipynb #c0054
 class BadRows:
-    "Names each bad row once, with its place and its reason"
+    "Names each bad row once for each reason, with its place"
     def __init__(self,
         path: str | Path | None = None,  # file that keeps them; None: a temporary one
         share: float = 0.05,  # of bad rows; beyond that, reading stops
@@ -254,8 +254,8 @@ class BadRows:
         reason: str,    # "kind" or "kind: details"
     ) -> bool:          # True if it was not named before
         "Name a bad row, if nobody has"
-        if (str(file), row) in self._known(): return False
         one = dict(file=str(file), row=row, reason=one_line(reason))
+        if tuple(one.values()) in self._known(): return False
         _append(self.path, one)
         self.show -= 1
         if self.show >= 0: _say(f"{file} row {row}: {one['reason']}")
@@ -268,7 +268,7 @@ class BadRows:
 
     def _known(self):
         new, self._read = _read_from(self.path, self._read)
-        self._rows |= {(one["file"], one["row"]): one for one in new}
+        self._rows |= {(one["file"], one["row"], one["reason"]): one for one in new}
         return self._rows
 
     def __len__(self): return len(self._known())

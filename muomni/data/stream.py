@@ -248,8 +248,11 @@ def _check_stream(s):
 
 # %% ../../nbs/35n_stream.ipynb #c0042
 TEXT_COLUMNS = ("text", "caption", "transcript", "transcription", "sentence", "label")
-SOUND_COLUMNS = ("wav", "audio", "sound", "speech", "path", "file")
-IMAGE_COLUMNS = ("image", "picture", "img", "photo", "path", "file")
+_FILE_COLUMNS = ("path", "file", "file_name", "filename")    # of a sound or a picture
+SOUND_COLUMNS = ("wav", "audio", "sound", "speech", "audio_file", "audio_path",
+                 *_FILE_COLUMNS)
+IMAGE_COLUMNS = ("image", "picture", "img", "photo", "image_file", "image_path",
+                 *_FILE_COLUMNS)
 LONGEST_NAME = 4096    # letters in the path of a file
 
 # %% ../../nbs/35n_stream.ipynb #c0043

@@ -195,9 +195,12 @@ class LineRows:
         "Lines end to end, cut into rows"
         ends, T = (self.tokenizer.document, self.tokenizer.end), self.row
         docs = [[ends[0], *ids, ends[1]] for ids in self.tokenizer.encode_many(texts)]
-        ids = np.array([i for d in docs for i in d])[:self.count * (T + 1)]
-        numbers = np.repeat(np.arange(len(docs)), [len(d) for d in docs])[:len(ids)]
-        fill = self.count * (T + 1) - len(ids)
+        ids, room = np.array([i for d in docs for i in d]), self.count * (T + 1)
+        numbers = np.repeat(np.arange(len(docs)), [len(d) for d in docs])
+        # what is too much is left out, in each batch and epoch at another place
+        first = np.random.default_rng(n).integers(max(0, len(ids) - room) + 1)
+        ids, numbers = ids[first:first + room], numbers[first:first + room]
+        fill = room - len(ids)
         ids = np.pad(ids, (0, fill)).reshape(self.count, T + 1)
         numbers = np.pad(numbers, (0, fill), constant_values=-1).reshape(ids.shape)
         same = (numbers[:, 1:] == numbers[:, :-1]) & (numbers[:, 1:] >= 0)
