@@ -10,6 +10,7 @@ __all__ = ['ORDER', 'NEEDED', 'OPTIONAL', 'Trouble', 'Misuse', 'run_train', 'run
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -273,13 +274,19 @@ def _piped():
     "Lines of standard input, one question each; None at a terminal"
     if sys.stdin is None: raise Misuse("there is no standard input; use --text")
     if sys.stdin.isatty(): return None
-    try: text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise Trouble(f"standard input is not UTF-8 (byte {e.start}); "
-                      "convert it first") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    if not lines: raise Misuse("the prompt is empty: standard input holds no question")
-    return lines
+    lines = _questions(sys.stdin.buffer)
+    first = next(lines, None)
+    if first is None: raise Misuse("the prompt is empty: standard input holds no question")
+    return itertools.chain([first], lines)
+
+def _questions(stream):
+    "Its lines, each as soon as it comes"
+    for n, line in enumerate(stream, 1):
+        try: text = line.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as e:
+            raise Trouble(f"standard input is not UTF-8 (line {n}, byte {e.start}); "
+                          "convert it first") from None
+        if text: yield text
 
 # %% ../nbs/38_cli.ipynb #95a6e370
 def _sampling(args):

@@ -163,7 +163,7 @@ def test_answers_that_leave_no_room(checkpoint):
 
 
 def test_input_that_is_not_utf8(checkpoint):
-    one_line(*call("chat", "--checkpoint", checkpoint, stdin=b"hello\ncaf\xe9\n"), 1, "not UTF-8", "byte 9")
+    one_line(*call("chat", "--checkpoint", checkpoint, stdin=b"caf\xe9\nhello\n"), 1, "not UTF-8", "line 1, byte 3")
     refused(checkpoint, 2, "--text is not UTF-8", words=["chat", "--checkpoint", checkpoint, "--text", os.fsdecode(b"caf\xe9")])
 
 

@@ -297,6 +297,15 @@ def test_pipe_is_one_conversation(checkpoint, monkeypatch):
     assert (status, out) == (0, "<one>\n<two>\n")
 
 
+def test_a_pipe_is_read_line_by_line():
+    "Whoever waits for an answer before the next question gets one"
+    def stream():
+        yield b"\n"
+        yield b"one\n"
+        raise AssertionError("read ahead")
+    assert next(cli._questions(stream())) == "one"
+
+
 class Terminal:
     "A program at a pseudo-terminal: type to it, wait for what it shows"
     def __init__(self, *words, **environment):

@@ -19,7 +19,7 @@ from ..data.english import documents, fingerprint
 from ..data.packing import Batch, best_fit, pack_row, stack
 from ..data.rows import DataError
 from ..data.stream import LineStream, Stream
-from ..data.world import LESSONS, make_dialogue
+from ..data.world import LESSONS, make_dialogue, vocabulary
 from ..ngram import bits_per_byte
 from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM, thinker_loss
@@ -41,7 +41,8 @@ def stage_tokenizer(
     if path.exists(): return _own_tokenizer(path, vocab_size)
     if english is None: english = [text for _, text in documents("train")]
     world = [text for i in range(4000) for _, text in make_dialogue(i).messages()]
-    tokenizer = train_tokenizer([*english, *world], vocab_size)
+    words = [f" {word}" for word in vocabulary()] * 300      # each becomes one token
+    tokenizer = train_tokenizer([*english, *world, *words], vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, path)
     return tokenizer
