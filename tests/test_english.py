@@ -116,3 +116,12 @@ def test_where_it_lies(tmp_path, monkeypatch):
     monkeypatch.setattr(english.Path, "home", nobody)
     monkeypatch.delenv("MUOMNI_CACHE")
     assert english._cache_file() is None
+
+
+def test_each_word_of_the_world_is_one_token(tmp_path):
+    "Of the preset `nano`: an ear finds a word in one go, and no piece of it can be missed"
+    from muomni.config import load_config
+    from muomni.data.world import vocabulary
+    from muomni.train.text import stage_tokenizer
+    tokenizer = stage_tokenizer(tmp_path / "tokenizer.json", load_config("thinker_nano").model_params.vocab_size)
+    assert [word for word in vocabulary() if len(tokenizer.encode(f" {word}")) > 1] == []
