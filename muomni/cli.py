@@ -25,16 +25,14 @@ class Misuse(Trouble):
     "A command used in a way that cannot work; told in one line, exit status 2"
 
 # %% ../nbs/38_cli.ipynb #ec7dd23c
-_TOLD = ("Trouble", "Misuse", "ConfigError", "CheckpointError", "DataError",
-         "ValueError")
-
 def _line(error, command="COMMAND"):
     "What went wrong, in one line"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     words = next(iter(str(error).strip().splitlines()), "")
-    name, kinds = type(error).__name__, {c.__name__ for c in type(error).__mro__}
-    told = kinds & set(_TOLD) or isinstance(error, OSError) or _our_words(error)
+    name = type(error).__name__
+    told = (isinstance(error, Trouble | ValueError | OSError) or name == "CheckpointError"
+            or _our_words(error))
     if words and told: return words
     if words: name += f": {words}"
     return f"{name}; `muomni {command} --debug ...` shows where"

@@ -164,6 +164,9 @@ def test_answers_that_leave_no_room(checkpoint):
 
 def test_input_that_is_not_utf8(checkpoint):
     one_line(*call("chat", "--checkpoint", checkpoint, stdin=b"caf\xe9\nhello\n"), 1, "not UTF-8", "line 1, byte 3")
+    status, out, err = call("chat", "--checkpoint", checkpoint, stdin=b"hello\ncaf\xe9\n")
+    assert (status, out.count("\n")) == (1, 1)                              # what came before it is answered
+    one_line(status, "", err, 1, "not UTF-8", "line 2, byte 3")
     refused(checkpoint, 2, "--text is not UTF-8", words=["chat", "--checkpoint", checkpoint, "--text", os.fsdecode(b"caf\xe9")])
 
 

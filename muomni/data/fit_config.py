@@ -139,7 +139,8 @@ def fit_batch(
     least = 32 if config.stage == "vision" else row     # a picture is told from others
     if batch > max(least, amount // 20):
         batch = max(least, amount // 20 // row * row)
-        why = f"a twentieth of {amount:,} units of data" + ", or 32" * (batch == least > row)
+        why = f"a twentieth of {amount:,} units of data"
+        if batch == least > row: why += f", or {least}"
     accumulate = t.accumulate
     if fits is not None:
         if fits < row:

@@ -36,8 +36,7 @@ from ..data.sounds import augment
 from ..data.stream import SoundStream
 from ..ngram import NGram
 from ..tokenizer import Tokenizer, load_tokenizer
-from .checkpoint import (
-    digest, folder_lock, load_part, made_of, save_model)
+from .checkpoint import folder_lock, load_part, made_of, save_model
 from .device import home, moved
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
@@ -463,7 +462,7 @@ def train_audio(
         run = fit(task, config.training_params, folder, bar, tensorboard)
         save_model(folder, hearer.eval(), run_metadata(
             "audio", config, run, tokens=len(tokenizer),
-            tokenizer=digest(Path(out) / "tokenizer.json"), data=data))
+            tokenizer=task.built_on["tokenizer.json"], data=data))
     return hearer
 
 # %% ../../nbs/28_hearing.ipynb #3ad00425

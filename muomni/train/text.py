@@ -25,7 +25,7 @@ from ..sampling import Sampling, generate_batch
 from ..thinker import ThinkerLM, thinker_loss
 from ..tokenizer import (
     SPECIALS, Tokenizer, encode_chat, load_tokenizer, save_tokenizer, train_tokenizer)
-from .checkpoint import digest, folder_lock, made_of, save_model
+from .checkpoint import folder_lock, made_of, save_model
 from .device import home
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
@@ -387,5 +387,5 @@ def train_text(
         run = fit(task, config.training_params, out / "thinker", bar, tensorboard)
         save_model(out / "thinker", model.eval(), run_metadata(
             "text", config, run, data=own_fingerprint(own) or fingerprint(),
-            tokenizer=digest(out / "tokenizer.json")))
+            tokenizer=task.built_on["tokenizer.json"]))
     return model
