@@ -142,6 +142,7 @@ class TrainConfig:
     seed: int = 0              # of weights and of the data's order
     save_every: int = 200      # steps between checkpoints
     validate_every: int = 200  # steps between validations
+    keep: str = "last"         # weights that a stage ends with: "last", or "best" (valid)
 
     def __post_init__(self):
         _check_training(self, "training_params")
@@ -178,6 +179,7 @@ def _check_training(
     _need_choice(c, section, "optimizer", ("muon", "adamw"))
     _need_choice(c, section, "device", ("auto", "cpu", "cuda"))
     _need_choice(c, section, "precision", ("auto", "float32", "bfloat16"))
+    _need_choice(c, section, "keep", ("last",) if c.shard else ("last", "best"))
     least = c.sequence * c.accumulate
     _need(c.batch_tokens >= least, section, "batch_tokens", c.batch_tokens,
           f"at least sequence x accumulate ({least})")
@@ -262,7 +264,7 @@ class TalkerConfig:
     mlp_width: int = 768        # hidden features of SwiGLU
     context: int = 1024         # letters and frames of speech (80 ms each) together
     codebooks: int = 2          # K, as the codec has
-    codes: int = 128            # N, entries of a codebook, as the codec has
+    codes: int = 128            # N, entries of a codebook, as the codec has (tiny: 512)
     condition: str = "both"     # what it is told: "none", "letters", "states", "both"
     layer: int = -1             # whose states of the Thinker: 0 to L; -1 = the last
     rope_theta: float = 10000.0  # base of the rotation wavelengths

@@ -49,7 +49,7 @@ SAME_FLOOR = {
     "train.text": "train.loop train.optim train.checkpoint train.group train.device",
     "train.audio": "train.loop train.checkpoint train.text train.group train.device",
     "train.vision": "train.loop train.checkpoint train.optim train.device",
-    "train.codec": "train.loop train.checkpoint train.device",
+    "train.codec": "train.group train.loop train.checkpoint train.device",
     "train.talker": "train.loop train.checkpoint train.codec train.audio train.optim train.omni train.device",
     "train.omni": "train.group train.loop train.checkpoint train.text train.audio train.vision train.device",
 }

@@ -458,11 +458,11 @@ def train_audio(
         torch.manual_seed(config.training_params.seed)
         hearer = Hearer(config.model_params, len(tokenizer))
         task = hearing_task(config, tokenizer, hearer, corpora, batches)
-        task.built_on = made_of(out, "tokenizer.json")
+        task.built_on, task.data = made_of(out, "tokenizer.json"), data
         run = fit(task, config.training_params, folder, bar, tensorboard)
         save_model(folder, hearer.eval(), run_metadata(
             "audio", config, run, tokens=len(tokenizer),
-            tokenizer=task.built_on["tokenizer.json"], data=data))
+            tokenizer=task.built_on["tokenizer.json"]))
     return hearer
 
 # %% ../../nbs/28_hearing.ipynb #3ad00425

@@ -381,7 +381,7 @@ def load_checkpoint(
 
 # %% ../../nbs/39_checkpoint.ipynb #e0425b93
 FREE = ("minutes", "save_every", "validate_every", "compile", "valid_tokens",
-        "valid_dialogues", "max_norm", "shard", "device")   # what a training under way may change
+        "valid_dialogues", "max_norm", "shard", "keep", "device")   # what a training under way may change
 
 def first_change(
     old: dict,   # settings of the first start, as they are or in sections

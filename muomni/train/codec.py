@@ -24,6 +24,7 @@ from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
 from .checkpoint import SHIPPED, folder_lock, save_model
 from .device import home, moved
+from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/30a_codec_training.ipynb #3128b66d
@@ -51,7 +52,7 @@ def voice_corpus(
 ) -> SpeechCorpus:
     "Sentences of a split, said by the one voice that the model will have"
     items = [(text, SPEAKING) for text in voice_sentences(data, split)]
-    return speech_corpus(items, bar=bar)
+    with one_first(join_group()): return speech_corpus(items, bar=bar)
 
 # %% ../../nbs/30a_codec_training.ipynb #b36196d5
 class Mels:
@@ -204,7 +205,7 @@ def train_codec(
         torch.manual_seed(config.training_params.seed)
         codec = Codec(config.model_params)
         task = codec_task(config, codec, train, valid)
+        task.data = data
         run = fit(task, config.training_params, folder, bar, tensorboard)
-        known = run_metadata("codec", config, run, data=data)
-        save_model(folder, codec.eval(), known, SHIPPED)
+        save_model(folder, codec.eval(), run_metadata("codec", config, run), SHIPPED)
     return codec

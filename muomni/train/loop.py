@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
-from .checkpoint import (
-    FREE, CheckpointError, first_change, load_state, save_model, save_state, write_whole)
+from muomni.train.checkpoint import (
+    FREE, CheckpointError, first_change, load_model, load_state, save_model, save_state,
+    write_whole)
 from .device import choose_device, home, moved
 from .group import Group, clip_gradients, join_group, shard
 from .optim import choose_precision, make_optimizer, schedule, set_lr
@@ -42,6 +43,7 @@ class Task:
     validate: Callable[[nn.Module], dict] | None = None   # figures on held-out data
     judge: str = ""    # the figure that tells the best weights; "-wer": less is better
     built_on: dict = field(default_factory=dict)   # part -> sha256, see `made_of`
+    data: dict = field(default_factory=dict)       # file -> sha256 of what it learns from
 
 # %% ../../nbs/26_loop.ipynb #5e8f0e91
 def train_step(
@@ -55,6 +57,7 @@ def train_step(
 ) -> tuple[float, float]:              # loss, gradient norm before clipping
     "Forward and backward over the micro-batches, clip, look, step"
     weights = [task.weight(b) for b in batches]
+    buffers = [b.clone() for b in task.model.buffers()]
     device, total = home(task.model).type, 0.0
     tokens = max(1, group.total(sum(weights)))   # the mean is over tokens, not batches
     for batch, weight in zip(batches, weights):
@@ -66,6 +69,8 @@ def train_step(
     group.sum_gradients(task.model)
     norm = clip_gradients(list(task.model.parameters()), clip).item()
     if norm < max_norm: optimizer.step()    # not so where it is inf or no number
+    else:
+        for b, before in zip(task.model.buffers(), buffers): b.copy_(before)
     optimizer.zero_grad(set_to_none=True)
     return group.total(total), norm
 
@@ -172,7 +177,7 @@ def run_metadata(
         with torch.no_grad(): figures = run.task.validate(run.task.model.eval())
     return dict(stage=stage, config=config.to_dict(), progress=run.progress,
                 precision=str(run.precision), figures=figures,
-                made_of=run.task.built_on) | more
+                made_of=run.task.built_on, data=run.task.data) | more
 
 # %% ../../nbs/26_loop.ipynb #d35da905
 def start_run(
@@ -188,7 +193,7 @@ def start_run(
     p = dict(step=0, plan=c.steps, seconds=0.0, tokens=0, skipped=0, slow=(0, 0.0))
     p |= load_state(folder / "state.pt", task.model, optimizer) or {}
     _same_settings(folder, p, c)
-    _same_parts(folder, p, task.built_on)
+    _same_origin(folder, p, task)
     _can_share(folder, p, c, group)
     if p.setdefault("minutes", c.minutes) != c.minutes:    # another budget, another plan
         p["minutes"] = c.minutes
@@ -211,11 +216,13 @@ def _same_settings(folder, progress, config):
         raise CheckpointError(f"{folder}: began with training_params.{key}={old}, now "
             f"it is {new}; set it back, or delete state*.pt to start anew")
 
-def _same_parts(folder, progress, built_on):
-    "Refuse to go on with another tokenizer, or other parts, than at the first start"
-    if change := first_change(progress.setdefault("built_on", built_on), built_on):
-        raise CheckpointError(f"{folder}: began with another {change[0]} than the one in "
-            f"{folder.parent}; put that back, or delete state*.pt to start anew")
+def _same_origin(folder, progress, task):
+    "Refuse to go on with another tokenizer, other parts or other data than at first"
+    for key, now in dict(built_on=task.built_on, data=task.data).items():
+        began = progress.setdefault(key, now)
+        if change := first_change(began, now, free=("versions",)):
+            raise CheckpointError(f"{folder}: began with another {change[0]} than there "
+                "is now; put that back, or delete state*.pt to start anew")
 
 # %% ../../nbs/26_loop.ipynb #6248d233
 def _can_share(folder, progress, config, group):
@@ -319,6 +326,7 @@ def fit(
         run.group.wait()        # whoever ends first may end the others
     whole = not config.shard or run.group.world == 1
     if whole: task.model.to("cpu")    # where the rest of a stage is done
+    if config.keep == "best" and "best" in p: _take_best(run)
     if logs: plot_log(run.folder / "log.csv")
     if asked or p["step"] < p["plan"]: raise KeyboardInterrupt    # here, or elsewhere
     return run
@@ -388,6 +396,11 @@ def _keep_best(run, figures):
     p["best"] = value
     save_model(run.folder / "best", run.task.model,
                dict(step=p["step"], judge=run.task.judge, figures=figures))
+
+def _take_best(run):
+    "The weights of the best validation, and its figures, in place of the last"
+    known = load_model(run.folder / "best", run.task.model)
+    run.figures.append((known["step"], known["figures"]))
 
 # %% ../../nbs/26_loop.ipynb #03832d01
 class BoardLog:

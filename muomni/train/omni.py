@@ -42,6 +42,7 @@ from .checkpoint import (
     SHIPPED, CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
     load_model, load_part, made_of, save_model)
 from .device import choose_device, home, moved
+from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 from .text import EnglishRows, english_bits, grade, some_english
 from .vision import load_seer
@@ -152,7 +153,8 @@ def hear_split(
     bar: bool = True,        # show a progress bar while they are spoken
 ) -> Heard:
     "Speak all questions, make all noises, and listen once"
-    spoken = speech_corpus(spoken_questions(data, split, voices), bar=bar)
+    with one_first(join_group()):      # of several processes one speaks, all listen
+        spoken = speech_corpus(spoken_questions(data, split, voices), bar=bar)
     count = max(1, data.spoken // 4) if split == "train" else data.valid_dialogues
     noises = [sound_turn(i, split)[0] for i in range(count)]
     return Heard(heard_states(model, _Waves(spoken), frames=spoken.frames),

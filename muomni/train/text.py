@@ -384,8 +384,8 @@ def train_text(
         model = ThinkerLM(config.model_params)
         task = text_task(config, tokenizer, model, own)
         task.built_on = made_of(out, "tokenizer.json")
+        task.data = own_fingerprint(own) or dict(english=fingerprint())
         run = fit(task, config.training_params, out / "thinker", bar, tensorboard)
         save_model(out / "thinker", model.eval(), run_metadata(
-            "text", config, run, data=own_fingerprint(own) or fingerprint(),
-            tokenizer=task.built_on["tokenizer.json"]))
+            "text", config, run, tokenizer=task.built_on["tokenizer.json"]))
     return model

@@ -584,14 +584,14 @@ def train_vision(
         parts = new_parts(config, reader, [text for _, text in some])
         task = vision_task(config, reader, parts, own)
         task.built_on = made_of(out, "tokenizer.json", config.data_params.captions)
+        task.data = own_fingerprint(own)
         run = fit(task, config.training_params, folder, bar, tensorboard)
         seer, head = parts.eval()["seer"], parts["words"]
         images = [x for x, _ in some if x is not None]
         as_loud_as_words(seer, head, reader.words[head.ids], images)
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
         save_model(folder, seer, run_metadata(
-            "vision", config, run, tokens=tokens, data=own_fingerprint(own),
-            text_width=seer.to_words.out_features))
+            "vision", config, run, tokens=tokens, text_width=seer.to_words.out_features))
     return seer
 
 # %% ../../nbs/29_seeing.ipynb #513da487
