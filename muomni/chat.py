@@ -49,7 +49,7 @@ class Chat:
     "A conversation with a Thinker that goes on from turn to turn"
     model: ThinkerLM       # who answers, in eval mode
     tokenizer: Tokenizer   # of this model
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=64))  # draws
+    sampling: Sampling = Sampling(max_tokens=64)   # how it draws
     messages: list = field(default_factory=list)   # (role, text) so far
     note: str = ""         # what had to be left out of the last prompt
 

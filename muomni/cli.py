@@ -31,8 +31,8 @@ def _line(error, command="COMMAND"):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     words = next(iter(str(error).strip().splitlines()), "")
     name = type(error).__name__
-    told = (isinstance(error, Trouble | ValueError | OSError) or name == "CheckpointError"
-            or _our_words(error))
+    told = (isinstance(error, Trouble | ValueError | OSError) or _our_words(error)
+            or name in ("CheckpointError", "SpeechError"))
     if words and told: return words
     if words: name += f": {words}"
     return f"{name}; `muomni {command} --debug ...` shows where"
@@ -180,14 +180,14 @@ def _board(args):
     return dict(tensorboard=True)
 
 # %% ../nbs/38_cli.ipynb #53aa6207
-def _train_stage(stage, config, out, more, apart=False):
+def _train_stage(stage, config, out, more, flags=None):
     "One stage, unless it is done; refuses what does not belong together"
     from importlib import import_module
     from muomni.train.group import leave_group
     part = out / ("thinker" if stage == "text" else stage)
     if _finished(part, config):
         return _note(f"{stage}: done already in {out}; delete {part} to train again")
-    if apart: return _train_apart(stage, config, out, more)
+    if flags is not None: return _train_apart(stage, config, out, flags)
     tokenizer = out / "tokenizer.json"                # one that is there must fit
     if stage == "text" and tokenizer.exists():
         from muomni.train.text import stage_tokenizer
@@ -202,15 +202,14 @@ def _train_stage(stage, config, out, more, apart=False):
     _note(f"{stage}: done, in {out}")
 
 # %% ../nbs/38_cli.ipynb #32f55ca3
-def _train_apart(stage, config, out, more):
+def _train_apart(stage, config, out, flags):
     "The same in a process of its own: its memory is free when it ends"
     import signal
     import subprocess
     code = "from muomni.cli import _stage_of_all; raise SystemExit(_stage_of_all())"
     words = [sys.executable, "-c", code, "train", stage, "--out", str(out),
              "--config", config.name,
-             "--minutes", str(config.training_params.minutes)]
-    words += ["--tensorboard"] * bool(more)
+             "--minutes", str(config.training_params.minutes), *flags]
     # no signal of the terminal reaches it: it stops when its input ends, and once only
     child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     before = signal.signal(signal.SIGINT, lambda *_: child.stdin.close())
@@ -253,8 +252,9 @@ def run_train(
     configs, more = _train_configs(args), _board(args)
     name = next(iter(configs.values())).name.split("_")[-1]
     out = Path(args.out or f"checkpoints/{name}")
+    flags = [f"--{name}" for name in ("tensorboard", "debug") if getattr(args, name)]
     for stage, config in configs.items():
-        _train_stage(stage, config, out, more, apart=len(configs) > 1)
+        _train_stage(stage, config, out, more, flags if len(configs) > 1 else None)
 
 # %% ../nbs/38_cli.ipynb #a4a66fdc
 def _question(args):
@@ -310,11 +310,15 @@ def _chat(args):
     from muomni.chat import Chat
     sampling = _sampling(args)
     model, tokenizer = _thinker(args.checkpoint)
-    context = model.config.context
-    if args.max_tokens > context // 2:
-        raise Misuse(f"--max-tokens is {args.max_tokens}: question and answer share a "
-                     f"context of {context} tokens, so at most {context // 2}")
+    _check_length(model, args.max_tokens)
     return Chat(model, tokenizer, sampling)
+
+def _check_length(thinker, tokens):
+    "Question and answer share the context"
+    context = thinker.config.context
+    if tokens > context // 2:
+        raise Misuse(f"--max-tokens is {tokens}: question and answer share a context "
+                     f"of {context} tokens, so at most {context // 2}")
 
 # %% ../nbs/38_cli.ipynb #b085b1e5
 def run_chat(
@@ -570,6 +574,11 @@ def _add_json(p):
     p.add_argument("--json", action="store_true",
                    help="print one JSON object and nothing else")
 
+def _add_checkpoint(p):
+    "The option that all commands on a trained model have"
+    p.add_argument("--checkpoint", default="checkpoints/nano", metavar="DIR",
+                   help="a trained model (default: %(default)s)")
+
 # %% ../nbs/38_cli.ipynb #0dc664cf
 def _positive(text):
     "A whole number from 1 on"
@@ -610,8 +619,7 @@ def _add_chat(sub):
         "muomni chat --text 'count from two to five' --json",
         "muomni chat --temperature 0.8 --seed 1", "muomni chat < questions.txt > answers.txt",
         "muomni chat --image photo.png --audio question.wav --speak answer.wav --json")
-    p.add_argument("--checkpoint", default="checkpoints/nano", metavar="DIR",
-                   help="a trained model (default: %(default)s)")
+    _add_checkpoint(p)
     p.add_argument("--text", help="ask this and end; without it a conversation begins "
                    "(/help, /reset, /quit), or each line of a pipe is a question")
     p.add_argument("--image", action="append", metavar="FILE",
@@ -632,8 +640,7 @@ def _add_eval(sub):
         "the scorecard of a checkpoint, with its controls", "muomni eval",
         "muomni eval --split valid --dialogues 200", "muomni eval --json > card.json",
         "muomni eval --judge whisper-base")
-    p.add_argument("--checkpoint", default="checkpoints/nano", metavar="DIR",
-                   help="a trained model (default: %(default)s)")
+    _add_checkpoint(p)
     p.add_argument("--split", choices=["valid", "test"], default="test",
                    help="held-out part to judge on (default: %(default)s)")
     p.add_argument("--dialogues", type=_positive, default=1000,
@@ -738,7 +745,7 @@ def main(
     except KeyboardInterrupt:
         again = "; the same command goes on from here"
         _note("\nmuomni: stopped" + (again if args.command == "train" else ""))
-        return 130
+        return 0 if _rank() else 130       # of several processes the first one says so
     except BrokenPipeError:
         _reader_is_gone()
         return 1

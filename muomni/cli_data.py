@@ -24,12 +24,9 @@ def checked_data(
 ) -> dict:                      # the report of `check_data`
     "Check the data of a command, or one line about what is wrong"
     from muomni.data.check import check_data
-    from muomni.data.rows import DataError
     from muomni.tokenizer import load_tokenizer
-    try: tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    except (OSError, ValueError) as error: raise Trouble(str(error)) from None
-    try: return check_data(args.path, tokenizer, step=_bar("check"))
-    except DataError as error: raise Trouble(str(error)) from None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    return check_data(args.path, tokenizer, step=_bar("check"))
 
 # %% ../nbs/38c_cli_data.ipynb #aa3c2b5b
 def run_data_check(
@@ -78,11 +75,10 @@ def run_download(
     args: argparse.Namespace,   # what, limit, out, yes, json
 ):
     "muomni data download text|audio|image|ocr"
-    from muomni.data.download import SETS, DownloadError, download_data, terms
+    from muomni.data.download import SETS, download_data, terms
     _note(terms(SETS[args.what]))
     if not args.yes and not _agreed(): raise Trouble("nothing was fetched")
-    try: got = download_data(args.what, args.out, args.limit, _bytes_bar())
-    except DownloadError as error: raise Trouble(str(error)) from None
+    got = download_data(args.what, args.out, args.limit, _bytes_bar())
     for file in got["files"]: _note(f"sha256 {file['sha256']}  {file['url']}")
     _say(args, got, f"{got['rows']} rows in {got['folder']}; licence: {got['licence']}\n"
          f"look at them: muomni data check {got['folder']}")

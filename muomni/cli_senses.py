@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from .cli import (
-    Misuse, Trouble, _add_json, _command, _note, _question, _sampling, _say)
+    Misuse, Trouble, _add_checkpoint, _add_json, _check_length, _command, _note, _question,
+    _sampling, _say)
 
 # %% ../nbs/38b_cli_senses.ipynb #6bfdf49a
 _PYTHON = "read_image: ", ", or allow more with `longest`", " or raise most_pixels"
@@ -56,20 +57,11 @@ def run_message(
     pictures = [read_input(read_image, p) for p in args.image or ()]
     sounds = [read_input(as_wave, p) for p in args.audio or ()]
     omni = Omni.load(args.checkpoint)
-    _check_length(omni, args.max_tokens)
+    if omni.model: _check_length(omni.model.thinker, args.max_tokens)
     reply = omni.chat(text, pictures or None, sounds or None, out is not None, sampling)
     _write(out, reply.audio)
     if reply.note: _note(reply.note)
     _say(args, _result(reply), reply.text)
-
-# %% ../nbs/38b_cli_senses.ipynb #358ad003
-def _check_length(omni, tokens):
-    "Question and answer share the context"
-    if omni.model is None: return                # said better by what is asked of it
-    context = omni.model.thinker.config.context
-    if tokens > context // 2:
-        raise Misuse(f"--max-tokens is {tokens}: question and answer share a context "
-                     f"of {context} tokens, so at most {context // 2}")
 
 # %% ../nbs/38b_cli_senses.ipynb #3fd1ab7d
 def _write(out, wave):
@@ -151,8 +143,7 @@ def run_describe(
 def _add(sub, name, run, about, *examples):
     "A command on a checkpoint, with --json"
     p = _command(sub, name, run, about, *examples)
-    p.add_argument("--checkpoint", default="checkpoints/nano", metavar="DIR",
-                   help="a trained model (default: %(default)s)")
+    _add_checkpoint(p)
     _add_json(p)
     return p
 

@@ -125,7 +125,7 @@ class TrainConfig:
     minutes: float = 8.0       # budget of training time; 0 = no limit
     steps: int = 2000          # optimizer steps; the schedule ends here
     batch_tokens: int = 8192   # tokens in an optimizer step (or mel frames, pictures, letters)
-    sequence: int = 512        # T, tokens in a packed row
+    sequence: int = 512        # T, tokens in a packed row (or mel frames of a sound)
     accumulate: int = 1        # micro-batches in an optimizer step
     optimizer: str = "muon"    # "muon" or "adamw"
     lr: float = 0.02           # peak learning rate of Muon's matrices
@@ -154,7 +154,7 @@ def _need_choice(
     key: str,          # name of the field
     choices: tuple,    # values that would be right
 ) -> None:
-    "Refuse a word that is no choice, and guess which one was meant."
+    "Refuse a word that is no choice, and name the choices."
     value = getattr(config, key)
     right = " or ".join(f'"{choice}"' for choice in choices)
     _need(value in choices, section, key, value, right)

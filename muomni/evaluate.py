@@ -12,6 +12,7 @@ import platform
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -55,7 +56,7 @@ def chance(
     for _, answer, kind in asked: by_kind.setdefault(kind, []).append(answer)
     for answers in by_kind.values():
         if len(answers) < 2: continue
-        counts = np.array([answers.count(a) for a in set(answers)])
+        counts = np.array(list(Counter(answers).values()))
         hits += (counts * (counts - 1)).sum() / (len(answers) - 1)
         n += len(answers)
     return float(hits / max(1, n))

@@ -7,6 +7,7 @@ __all__ = ['ImageError', 'read_image', 'pixels', 'picture']
 
 # %% ../nbs/11_image.ipynb #c7bccebb
 import io
+import logging
 import os
 import stat
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from torch import Tensor
 # %% ../nbs/11_image.ipynb #ce757aa0
 class ImageError(ValueError):
     "A picture that cannot be used; one line says which, why, and what would do."
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())   # else Pillow adds lines
 
 # %% ../nbs/11_image.ipynb #4896ca98
 _READERS = (

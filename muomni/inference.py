@@ -96,7 +96,7 @@ def random_checkpoint(
     texts = [text for i in range(40) for _, text in make_dialogue(i).messages()]
     tokenizer = train_tokenizer(texts, _SMALL["thinker"]["vocab_size"])
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):          # all of it is made on the CPU
         torch.manual_seed(seed)
         model, codec, talker = _random_parts(tokenizer)
     def save(name, stage, part):

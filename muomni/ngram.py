@@ -143,12 +143,10 @@ def _predict(model, context):
     if not model.levels: raise RuntimeError("the model has no counts; call fit first")
     base = model.vocab + 1
     past, _ = _stream([context], model.order, model.vocab)
-    prob = np.full(model.vocab + 1, 1 / model.vocab)
+    prob, nodes = np.full(base, 1 / model.vocab), np.zeros(len(past), np.int64)
     for n, level in enumerate(model.levels):
-        node = 0
-        for token, upper in zip(past[len(past) - n:], model.levels):
-            node = int(_find(upper.keys, np.array([node * base + token]))[0])
-            if node < 0: break
+        if n: nodes = _find(model.levels[n - 1].keys, _shift(nodes) * base + past)
+        node = nodes[-1] if n else 0
         if node < 0: break
         first, last = np.searchsorted(level.keys, [node * base, (node + 1) * base])
         prob *= level.gamma[node]

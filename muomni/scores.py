@@ -236,6 +236,11 @@ def _shuffled(omni, first, sounds=None):
     return exam_share(omni, own, sounds and [sounds[i] for i in pairs], scenes)[0]
 
 # %% ../nbs/40c_scores.ipynb #ab99c87d
+def _trained_with(part, stage):
+    "The config that a part of a checkpoint folder was trained with"
+    known = find_checkpoint(part)[1]
+    return config_from_dict(known["config"], "model_metadata.json", stage=stage)
+
 def retrieval_card(
     folder: str | Path,    # a checkpoint folder
     split: str = "test",   # "valid" or "test"
@@ -244,8 +249,7 @@ def retrieval_card(
     "Sentences and names found for pictures, beside chance"
     folder = Path(folder)
     if not all(is_trained(folder / part) for part in ("vision", "thinker")): return {}, {}
-    config = config_from_dict(find_checkpoint(folder / "vision")[1]["config"],
-                              "model_metadata.json", stage="vision")
+    config = _trained_with(folder / "vision", "vision")
     return seeing_scores(load_seer(folder), text_reader(config, folder), split, count)
 
 # %% ../nbs/40c_scores.ipynb #fb285187
@@ -410,16 +414,13 @@ def _section(name, folder, omni, split, n, judge):
 # %% ../nbs/40c_scores.ipynb #7428d5f6
 def _heard_in_training(folder):
     "What the ear was trained on; of a folder that does not say so, nano's"
-    try: known = find_checkpoint(Path(folder) / "audio")[1]
+    try: return _trained_with(Path(folder) / "audio", "audio_enc").data_params
     except CheckpointError: return load_config("audio_enc_nano").data_params
-    return config_from_dict(known["config"], "model_metadata.json",
-                            stage="audio_enc").data_params
 
 def _said_in_training(folder):
     "Every word that the voice has said in training"
-    known = find_checkpoint(Path(folder) / "talker")[1]
-    data = config_from_dict(known["config"], "model_metadata.json", stage="talker")
-    return all_words(voice_sentences(data.data_params))
+    config = _trained_with(Path(folder) / "talker", "talker")
+    return all_words(voice_sentences(config.data_params))
 
 # %% ../nbs/40c_scores.ipynb #dbb2ceea
 _MADE_BY = dict(transcribe="audio", hear="audio", see="omni", speak="talker")

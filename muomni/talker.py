@@ -54,12 +54,6 @@ class Spelling:
     owners: Tensor    # (B, L) which token of the answer each belongs to
     valid: Tensor     # (B, L) bool, False = padding behind the end
 
-    def to(self,
-        device: str | torch.device,   # where the Talker is
-    ):
-        "The same elsewhere"
-        return Spelling(*(x.to(device) for x in vars(self).values()))
-
 # %% ../nbs/24_talker.ipynb #4d684a89
 def spell(
     letters: list[list[int]],   # from `token_letters`

@@ -396,6 +396,6 @@ def test_true_training_then_chat(tmp_path):
     assert {"tokenizer.json"} < {p.name for p in tmp_path.iterdir()}
     assert {"log.csv", "model.safetensors", "model_metadata.json", "state.pt", "training.json"} <= {p.name for p in (tmp_path / "thinker").iterdir()}
     metadata = json.loads((tmp_path / "thinker" / "model_metadata.json").read_text())
-    assert metadata["progress"]["step"] == 3 and metadata["data"]["bytes"]["train"] > 1e6
+    assert metadata["progress"]["step"] == 3 and metadata["data"]["english"]["bytes"]["train"] > 1e6
     status, out, err = call("chat", "--checkpoint", tmp_path, "--text", "hello", "--max-tokens", "4", "--json")
     assert (status, err) == (0, "") and "reply" in read_json(out)

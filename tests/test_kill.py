@@ -1,6 +1,6 @@
 """A training is killed at random moments, its disk fills up, its folder goes away: nothing is lost that was saved, and it ends with the
 bits of the run that nobody disturbed. Three kills; with MUOMNI_SOAK=1 (`make soak`) a hundred."""
-import os, random, resource, shutil, signal, subprocess, time
+import itertools, os, random, resource, shutil, signal, subprocess, time
 from dataclasses import replace
 import pytest, torch
 import trainings
@@ -90,7 +90,7 @@ def test_killed_at_random(straight, server, tmp_path, record_property):
             if not killer.attempt(folder, case, pace): break
         killer.finish(folder, case)
         same(straight, folder, case)
-        assert not list(folder.glob("*.part")), "half-written files are left"
+        assert not list(folder.rglob("*.part")), "half-written files are left"
         folders += 1
     assert max(killer.lost) > 0, "no kill cost a single step: they all came too early or too late"
     for name, value in dict(kills=killer.kills, of_these_in_the_middle_of_writing=killer.writing, trainings=folders, starts=len(killer.lost),
@@ -136,6 +136,22 @@ def test_newest_state_is_damaged(straight, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"damaged.*delete state\*\.pt to start anew"): train(folder)
 
 
+def test_killed_in_the_save_after_a_damaged_state(straight, server, tmp_path):
+    "The damaged state may not push out the whole one before it: whatever line the kill comes at, it goes on"
+    base, begin = tmp_path / "base", 20 // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
+    with pytest.raises(Stop): train(base, batch=stop_at(20))
+    (base / "state.pt").write_bytes(b"")
+    for line in range(1, 200, 1 if SOAK else 4):
+        folder = shutil.copytree(base, tmp_path / f"{line}")
+        server.start(folder, kill=[1, line])
+        assert server.status() == -signal.SIGKILL, (folder / "said.txt").read_text()
+        if len(rows_of(folder)) > begin + SAVE_EVERY: break             # that was the second save
+        server.start(folder)
+        assert server.status() == 0, (folder / "said.txt").read_text()
+        same(straight, folder)
+    assert line > 4
+
+
 # ---- disks and folders
 
 class Stop(BaseException): "As if the process ended here: nobody catches it"
@@ -164,6 +180,9 @@ def small_disk(tmp_path):
     if r.returncode: pytest.skip(f"no small disk here: {r.stderr.strip()}")
     yield at
     mounted(["umount", str(at)])
+
+
+def room(disk): return shutil.disk_usage(disk).free
 
 
 def fill(disk):
@@ -202,6 +221,10 @@ def test_disk_full_in_a_save(small_disk):
     before = content(small_disk)
     with pytest.raises(CheckpointError, match="state.pt: cannot be written.*No space left"): save_state(small_disk / "state.pt", t.model, o, dict(step=3))
     with pytest.raises(CheckpointError, match="model.safetensors: cannot be written.*No space left"): checkpoint.save_model(small_disk, t.model, {})
+    (small_disk / "filler").unlink()
+    with open(small_disk / "filler", "wb") as f: f.write(b"x" * (room(small_disk) - 8192))             # room for the weights alone
+    before = content(small_disk)
+    with pytest.raises(CheckpointError, match="model_metadata.json: cannot be written.*No space left"): checkpoint.save_model(small_disk, task(1).model, dict(long="x" * 20_000))
     assert content(small_disk) == before and whole_state(small_disk) == 2 and checkpoint.load_model(small_disk, t.model)["good"]
 
 
@@ -246,6 +269,17 @@ def test_folder_goes_away(straight, tmp_path):
         assert not (tmp_path / "run").exists()
     train_on(tmp_path / "moved")
     same(straight, tmp_path / "moved")
+
+
+@pytest.mark.parametrize("change", ["best", "skipped"])
+def test_folder_goes_away_before_something_else_is_written(tmp_path, change):
+    "The best weights so far, or the list of steps left out, are no reason to make it anew"
+    t, up = task(), itertools.count()
+    if change == "best": t = replace(t, validate=lambda m: dict(n=next(up)), judge="n")
+    else: t = replace(t, loss=lambda m, b, true=t.loss: true(m, b) * float("nan"))
+    t = replace(t, batch=lambda n, true=t.batch: stop_at(10, lambda: shutil.rmtree(tmp_path / "run"))(true, n))
+    with pytest.raises(CheckpointError, match="run: is gone"): fit(t, trainings.settings(validate_every=1, save_every=100), tmp_path / "run", bar=False)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- stopped in the middle of something

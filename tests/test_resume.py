@@ -85,6 +85,13 @@ def test_finished_is_not_done_again(straight, folder):
     same(straight, first)
 
 
+def test_killed_at_the_end(straight, folder):
+    "The weights are there, what is known of them is not: taken up again, though there is no step left"
+    first = go_on(folder, 0)
+    (folder / "thinker" / "model_metadata.json").unlink()
+    same(first, go_on(folder, 6))
+
+
 def in_time(folder, stop=None):
     "The training with a budget of a quarter of a minute, on a clock that only steps move on; stopped before step `stop`"
     import muomni.train.loop as loop

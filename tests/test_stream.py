@@ -1,7 +1,7 @@
 """The promises of muomni.data.rows, .stream and .collate on sizes, bytes and workers that nobody chose by hand.
 
 MUOMNI_SOAK=1 tries 10 000 inputs a reader and 2 000 orders in place of a few hundred."""
-import copy, csv, gc, io, json, os, pickle, struct, tracemalloc, wave
+import copy, csv, gc, io, json, os, pickle, struct, subprocess, sys, tracemalloc, wave
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +17,7 @@ from muomni.data.collate import collate_mel_audio_fn, collate_mel_fn, collate_me
 from muomni.data.rows import LONGEST_ROW, BadRows, DataError, bad_summary, read_csv, row_source
 from muomni.data.stream import (LineStream, PictureStream, SoundStream, StreamLoader, ValidationSkipSamplesContext, calculate_resume_position,
                                 in_valid, plain_key, setup_resume_data_loading, shuffled)
+from small import HERE, child_environment
 
 SOAK = os.environ.get("MUOMNI_SOAK") == "1"
 
@@ -453,13 +454,42 @@ def peak(walk):
     finally: tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
+def test_two_at_once_name_a_row_once(tmp_path, monkeypatch):
+    "Whoever comes second waits, and then sees that it is named"
+    import threading
+    from muomni.data import rows
+    one, other, real = BadRows(tmp_path / "bad.jsonl", show=0), BadRows(tmp_path / "bad.jsonl", show=0), rows._append
+    said = []
+    def second(): said.append(other.add("a.csv", 3, "empty text"))
+    def append(*a):
+        thread = threading.Thread(target=second)
+        said.append(thread); thread.start(); thread.join(0.3)
+        monkeypatch.setattr(rows, "_append", real)
+        real(*a)
+    monkeypatch.setattr(rows, "_append", append)
+    assert one.add("a.csv", 3, "empty text")
+    said[0].join(10)
+    assert said[1] is False and len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, row", [("a.txt", "{i} {x}\n"), ("a.csv", "{i}.wav,{x}\n"), ("a.jsonl", '{{"image": "{i}.png", "caption": "{x}"}}\n')])
+def test_memory_does_not_grow_with_the_file(tmp_path, name, row):
     def size(n):
-        (tmp_path / "a.txt").write_text("".join(f"{i} {'x' * 200}\n" for i in range(n)))
-        stream = LineStream(tmp_path / "a.txt", buffer=500)
+        head = "wav,text\n" if name == "a.csv" else ""
+        (tmp_path / name).write_text(head + "".join(row.format(i=i, x="x" * 200) for i in range(n)))
+        stream = LineStream(tmp_path / name, buffer=500)
         return peak(lambda: sum(1 for _ in stream))
     small, large = size(2_000), size(40_000)
     assert large < 1.5 * small + 100_000
+
+
+@pytest.mark.parametrize("form", ["txt", "csv", "jsonl"])
+def test_a_large_corpus_takes_little_memory(form, record_property):
+    "`python tools/bench_stream.py`: 2 GB in the soak, 20 MB else; all rows come, with less than 200 MB of extra resident memory"
+    r = subprocess.run([sys.executable, str(HERE.parent / "tools" / "bench_stream.py"), "--gb", "2" if SOAK else "0.02", "--format", form],
+                       env=child_environment(), capture_output=True, text=True, timeout=1800)
+    assert r.returncode == 0, r.stderr + r.stdout
+    record_property("corpus", " ".join(r.stdout.split()))
 
 
 def test_a_line_without_end_is_not_held(tmp_path):

@@ -39,7 +39,7 @@ def task(seed=0):
     def batch(n): return stack(text.rows(2 * n, 2))
     def loss(m, b): return nn.functional.cross_entropy(m(b.ids).flatten(0, 1).float(), b.labels.flatten(), ignore_index=-100)
     def validate(m): return dict(guess=torch.rand(3).mean().item())          # a careless validation
-    return loop.Task(model, batch, loss, lambda b: int((b.labels != -100).sum()), validate)
+    return loop.Task(model, batch, loss, lambda b: int((b.labels != -100).sum()), validate, "guess")
 
 
 def settings(case="plain", **other):

@@ -69,8 +69,8 @@ def own_streams(
     for side in ("train", "valid"):
         own = [f for f in files if sides.get(f) == side] if sides else files
         if not own: raise DataError(f"{path}: there is no file for {side} in it")
-        # each process validates on all of it; only the training is shared out
-        more = how if side == "train" else dict(buffer=0, rank=0, world=1)
+        # each process walks over all of it; the loop says whose batches are whose
+        more = dict(rank=0, world=1) | (how if side == "train" else dict(buffer=0))
         out[side] = make(own, split=None if sides else side, bad=bad, **more)
     return out
 

@@ -6,6 +6,7 @@
 __all__ = ['corpus_items', 'corpus_name', 'SpeechCorpus', 'speech_corpus']
 
 # %% ../../nbs/35m_corpus.ipynb #28a20203
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -43,7 +44,7 @@ def corpus_items(
 
 # %% ../../nbs/35m_corpus.ipynb #e8aa39c2
 def _version():
-    "Of the synthesiser; without one, a corpus that was made before is still found"
+    "Of the synthesiser; \"none\" where there is none"
     try: return importlib.metadata.version("espeakng_loader")
     except importlib.metadata.PackageNotFoundError: return "none"
 
@@ -123,8 +124,9 @@ def _speak_into(folder, items, workers, bar, speak):
 def _sweep(place):
     "Remove what nobody has written to for ten minutes: its maker was killed"
     for part in place.glob("speech-*.part"):
-        last = max(p.stat().st_mtime for p in [part, *part.glob("samples.i16")])
-        if last < time.time() - 600: shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):       # its maker has just finished
+            last = max(p.stat().st_mtime for p in [part, *part.glob("samples.i16")])
+            if last < time.time() - 600: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/35m_corpus.ipynb #placecorp
 def _place(part, folder):

@@ -405,7 +405,7 @@ def convert_coco(
 def _boxes(page):
     "(picture, word, box) of an XML file; entities, which can explode, are refused."
     data = page.read_bytes()
-    if len(data) > 2 ** 25 or b"<!" in data.replace(b"<!--", b""):
+    if len(data) > 2 ** 25 or b"<!" in data.replace(b"<!--", b"") or b"\0" in data:
         raise DownloadError(f"{page}: is no plain XML")
     try: root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:

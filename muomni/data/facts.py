@@ -211,7 +211,7 @@ def _on_items(topic):
     "Follow-ups on a topic: split -> list of (kind, question, answer, new topic)."
     items = {split: [] for split in Dice.splits}
     if isinstance(topic, tuple):
-        kind, word, side = topic
+        kind, _, side = topic
         asked = [(kind, f"and {side} that?")]
     else:
         asked = [(kind, ask) for kind, asks in _FACTS_ON.items() for ask in asks]

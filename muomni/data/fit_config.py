@@ -12,6 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+import torch
 
 from ..config import Config, ConfigError, apply_overrides
 
@@ -108,8 +109,12 @@ def _weight_bytes(config):
     return 16 * (m.layers * block + 2 * getattr(m, "vocab_size", 0) * m.width)
 
 # %% ../../nbs/35q_fit_config.ipynb #78ea8a34
-def memory_gb() -> float:   # gigabytes
-    "Memory that this machine has to spare now."
+def memory_gb(
+    device: str = "auto",   # training_params.device
+) -> float:                 # gigabytes
+    "Memory that is to spare now where the training will be."
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 1e9
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         rows = dict(line.split(":") for line in text.splitlines())
@@ -163,7 +168,7 @@ def fit_config(
     if not report["good"]: raise ConfigError(f"{report['path']}: no row can be read")
     if not passes > 0: raise ConfigError(f"passes: got {passes}, expected more than 0")
     t, p = config.training_params, "training_params."
-    room = memory_gb() if memory is None else memory
+    room = memory_gb(t.device) if memory is None else memory
     row, why_row = fit_length(config, report)
     amount = data_amount(config, report)
     batch, pieces, why = fit_batch(config, row, amount, units_that_fit(config, room))

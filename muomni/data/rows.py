@@ -241,7 +241,7 @@ class BadRows:
     def __init__(self,
         path: str | Path | None = None,  # file that keeps them; None: a temporary one
         share: float = 0.05,  # of bad rows; beyond that, reading stops
-        after: int = 100,     # rows that have to be seen before it can
+        after: int = 100,     # rows that have to be seen before it can (at the end: 20)
         show: int = 100,      # so many are also printed to stderr, by each process
     ):
         self.path = Path(path or _own_file(self))
@@ -255,8 +255,9 @@ class BadRows:
     ) -> bool:          # True if it was not named before
         "Name a bad row, if nobody has"
         one = dict(file=str(file), row=row, reason=one_line(reason))
-        if tuple(one.values()) in self._known(): return False
-        _append(self.path, one)
+        with _alone(self.path):
+            if tuple(one.values()) in self._known(): return False
+            _append(self.path, one)
         self.show -= 1
         if self.show >= 0: _say(f"{file} row {row}: {one['reason']}")
         if self.show == 0: _say(f"further ones are in {self.path}")
@@ -286,6 +287,17 @@ def one_line(
 def _say(words): print(f"bad row: {words}", file=sys.stderr)
 
 # %% ../../nbs/35r_rows.ipynb #c0058
+@contextmanager
+def _alone(path):
+    "Other processes that would name the same row wait, where the system has locks"
+    try: import fcntl
+    except ImportError: yield; return
+    try: file = open(path, "ab")
+    except OSError: yield; return          # `_append` says why
+    with file:                             # the lock goes with the file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 def _append(path, one):
     "Add a line in a single write, which other processes cannot tear apart"
     line = json.dumps(one) + "\n"
@@ -355,12 +367,13 @@ class Tally:
         whole: bool = True,   # were all samples loaded here, and not a share of them?
     ):
         "The walk is over: refuse one that found nothing, or too much that is bad"
-        self._check(*(() if whole else (self.samples,)))
         if self.rows == self.bad_rows: self._stop("not one good row")
         if self.samples == self.bad_samples > 0: self._stop("not one good sample")
+        self._check(*(() if whole else (self.samples,)))
 
     def _check(self, *guesses):       # counts that are only a part of what there is
         p, after = self.bad.share, self.bad.after
+        if not guesses: after = min(after, 20)
         counts = ((self.bad_rows, self.rows), (self.bad_samples, self.samples))
         share = sum(bad / n for bad, n in counts if n >= after)
         doubt = 3 * (p * (1 - p) * sum(1 / n for n in guesses if n >= after)) ** 0.5

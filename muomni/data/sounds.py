@@ -236,11 +236,11 @@ def augment(
 ) -> Tensor:  # (other samples,) float32 at 16 kHz, peak at most 1
     "The same words in another room: speed, echo, microphone, noise, loudness."
     if wave.dim() != 1 or len(wave) < 2:
-        raise ValueError(f"augment: one wave (samples,) is needed, "
+        raise ValueError("augment: one wave (samples,) is needed, "
                          f"not {tuple(wave.shape)}")
     dice = Dice(seed, "train")
     make = torch.Generator().manual_seed(dice.below(1 << 30))
-    if dice.chance(share): 
+    if dice.chance(share):
         wave = resample(wave, RATE, 160 * (90 + dice.below(21)))
     if dice.chance(share): wave = _room(wave, dice, make)
     if dice.chance(share): wave = _band(wave, dice)

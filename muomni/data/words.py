@@ -160,9 +160,7 @@ def plural(
         return _IRREGULAR[noun]
     if noun[-1] == "y" and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
-    if noun.endswith(("s", "x", "sh", "ch")):
-        return noun + "es"
-    if noun[-1] == "o":
+    if noun.endswith(("s", "x", "sh", "ch", "o")):
         return noun + "es"
     return noun + "s"
 

@@ -82,8 +82,8 @@ def _lesson(dice, split, seed, kinds):
 # %% ../../nbs/35a_world.ipynb #e529ac77
 def make_dialogue(
     seed: int,  # 0, 1, 2, ...: the dialogue is a pure function of seed and split
-    split: str = "train",  # "valid" and "test" hold at least one held-out turn
-    most: int = 4,  # longest dialogue, in turns
+    split: str = "train",  # "valid", "test": a held-out turn or more (not in a lesson)
+    most: int = 4,  # longest dialogue, in turns (not of a lesson)
     lesson: int | None = None,  # number of one of LESSONS; None = all kinds, mixed
 ) -> Dialogue:
     "A dialogue of one to `most` turns, about a scene or about none."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'FREE', 'CheckpointError', 'write_whole', 'folder_lock', 'code_revision', 'made_with', 'save_model',
-           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'made_of', 'save_state',
+           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'made_of', 'save_state', 'still_there',
            'saved_states', 'load_state', 'load_checkpoint', 'first_change']
 
 # %% ../../nbs/39_checkpoint.ipynb #bf2c3784
@@ -39,21 +39,27 @@ def write_whole(
     path: str | Path,  # file to write; its folder is made
     data: bytes,       # its content
     keep: str = "",    # new name of the file that stood there; "" = it goes
+    others: dict[str, bytes] | None = None,   # name: content of files beside it, which
+                                              # change together with it
 ):
-    "Write a file whole or not at all: temporary name, flush, rename"
+    "Write files whole or not at all: temporary names, flush, rename"
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    files = {path: data} | {path.with_name(n): more for n, more in (others or {}).items()}
+    parts = {p: p.with_name(f"{p.name}.{os.getpid()}.part") for p in files}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        if keep and path.is_file(): path.replace(path.with_name(keep))
-        part.replace(path)
+        for path, part in parts.items():
+            with open(part, "wb") as f:
+                f.write(files[path]); f.flush(); os.fsync(f.fileno())
+        for path, part in parts.items():           # only now, when all have found room
+            if keep and path.is_file(): path.replace(path.with_name(keep))
+            part.replace(path)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be written ({e.strerror}); what stood "
                               "there is untouched") from None
     finally:                      # after an error, and after Ctrl-C in the middle
-        with contextlib.suppress(OSError): part.unlink(missing_ok=True)
+        for part in parts.values():
+            with contextlib.suppress(OSError): part.unlink(missing_ok=True)
 
 # %% ../../nbs/39_checkpoint.ipynb #4c1382c0
 def _lock_file(
@@ -100,9 +106,7 @@ def folder_lock(
 # %% ../../nbs/39_checkpoint.ipynb #4b058c9d
 def _sweep(folder):
     "Remove what a killed training left half written"
-    for name in ("state.pt", "model.safetensors", "model_metadata.json", "log.csv",
-                 "skipped.csv"):
-        for part in folder.glob(f"{name}.*.part"): part.unlink(missing_ok=True)
+    for part in folder.rglob("*.part"): part.unlink(missing_ok=True)
 
 # %% ../../nbs/39_checkpoint.ipynb #48627179
 def code_revision(
@@ -148,8 +152,8 @@ def save_model(
     metadata = {**metadata, "sha256": hashlib.sha256(data).hexdigest(),
                 **made_with()}
     text = json.dumps(metadata, indent=1) + "\n"    # first: it may not be plain values
-    write_whole(Path(folder) / "model.safetensors", data)
-    write_whole(Path(folder) / "model_metadata.json", text.encode())
+    write_whole(Path(folder) / "model.safetensors", data,
+                others={"model_metadata.json": text.encode()})
 
 # %% ../../nbs/39_checkpoint.ipynb #509b0d82
 @contextlib.contextmanager
@@ -291,14 +295,20 @@ def save_state(
     if not _is_first(): return
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     torch.save(state, buffer)
-    if not path.parent.is_dir():       # made anew it would have no lock and no log
-        raise CheckpointError(f"{path.parent}: is gone, with all that was saved in it; "
-                              "start again, and do not delete it while training")
+    still_there(path.parent)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     write_whole(path, buffer.getbuffer(), _before(path).name)
 
 # %% ../../nbs/39_checkpoint.ipynb #c94e00b1
 def _before(path): return path.with_suffix(".before.pt")
+
+def still_there(
+    folder: str | Path,   # of a training under way
+):
+    "Refuse a folder that was deleted: made anew it would have no lock and no log"
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: is gone, with all that was saved in it; start "
+                              "again, and do not delete it while training")
 
 def saved_states(
     path: str | Path,   # the newest, such as state.pt
@@ -332,22 +342,28 @@ def load_state(
             why = wrong[0] if wrong else f"{path}: is missing"
             print(f"note: {why}; going on from {file.name}, step {progress.get('step')}",
                   file=sys.stderr)
+            _set_aside(path)
         return progress
     if wrong: raise CheckpointError(f"{wrong[0]}; and no whole state before it; delete "
                                     "state*.pt to start anew")
 
 # %% ../../nbs/39_checkpoint.ipynb #a80b9c00
+def _set_aside(path):
+    "A damaged state must not take the place of the whole one before it"
+    if not _is_first(): return
+    with contextlib.suppress(OSError): path.replace(path.with_suffix(".damaged.pt"))
+
 def _take_up(path, state, model, optimizer):
     "Check all that a state holds, then put it to use"
-    _check_fit(path, model.state_dict(), state["model"])
-    _take_memories(path, state["optimizer"], optimizer)
-    own = model.state_dict()
-    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
+    progress, own = dict(state["progress"]), model.state_dict()
+    _check_fit(path, own, state["model"])
     torch.set_rng_state(state["random"])
+    _take_memories(path, state["optimizer"], optimizer)
+    model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
     if torch.cuda.is_available() and "cuda" in state:
         there = state["cuda"][:torch.cuda.device_count()]      # fewer cards than before: those that are there
         for i, seed in enumerate(there): torch.cuda.set_rng_state(seed, i)
-    return dict(state["progress"])
+    return progress
 
 # %% ../../nbs/39_checkpoint.ipynb #3b198c2f
 def _take_memories(path, state, optimizer):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from ..nn.block import Block
-from .device import choose_device, home
+from .device import home
 
 # %% ../../nbs/36c_group.ipynb #1d4abfdc
 WAIT = timedelta(minutes=30)   # for the others; they may be validating
@@ -100,7 +100,8 @@ def join_group() -> Group:   # alone: Group(0, 1)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return Group()
     if not dist.is_initialized():
         cuda = torch.cuda.is_available()
-        if cuda: torch.cuda.set_device(choose_device())
+        here = int(os.environ.get("LOCAL_RANK", 0))
+        if here < torch.cuda.device_count(): torch.cuda.set_device(here)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAIT)
     return Group(dist.get_rank(), dist.get_world_size())
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..config import Config, TrainConfig
-from muomni.train.checkpoint import (
+from .checkpoint import (
     FREE, CheckpointError, first_change, load_model, load_state, save_model, save_state,
-    write_whole)
+    still_there, write_whole)
 from .device import choose_device, home, moved
 from .group import Group, clip_gradients, join_group, shard
 from .optim import choose_precision, make_optimizer, schedule, set_lr
@@ -145,7 +145,7 @@ def planned_steps(
 def keep_random():
     "What happens inside leaves the random state of torch, numpy and Python alone"
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         try: yield
         finally: random.setstate(states[0]); np.random.set_state(states[1])
 
@@ -279,6 +279,7 @@ PATIENCE = 20    # steps left out in a row after which a run is given up
 def _skipped(run, loss, norm, numbers):
     "Count and list a step that was left out; give up when nothing but such steps come"
     p, columns = run.progress, ("step", "batches", "loss", "norm")
+    still_there(run.folder)
     p["skipped"] += 1
     p["in_a_row"] = p.get("in_a_row", 0) + 1
     if not run.group.rank:
@@ -393,6 +394,7 @@ def _keep_best(run, figures):
     if not name: return
     value = -figures[name] if run.task.judge.startswith("-") else figures[name]
     if not value > p.get("best", -math.inf): return      # nan is not better
+    still_there(run.folder)
     p["best"] = value
     save_model(run.folder / "best", run.task.model,
                dict(step=p["step"], judge=run.task.judge, figures=figures))
