@@ -141,7 +141,10 @@ def test_killed_in_the_save_after_a_damaged_state(straight, server, tmp_path):
     base, begin = tmp_path / "base", 20 // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
     with pytest.raises(Stop): train(base, batch=stop_at(20))
     (base / "state.pt").write_bytes(b"")
-    for line in range(1, 200, 1 if SOAK else 4):
+    once = shutil.copytree(base, tmp_path / "once")
+    with pytest.raises(Stop): train_on(once, batch=stop_at(begin + SAVE_EVERY + 1))
+    assert [checkpoint._read_state(p)["progress"]["step"] for p in saved_states(once / "state.pt")] == [begin + SAVE_EVERY, begin], "not two whole states"
+    for line in range(1, 200, 1 if SOAK else 6):
         folder = shutil.copytree(base, tmp_path / f"{line}")
         server.start(folder, kill=[1, line])
         assert server.status() == -signal.SIGKILL, (folder / "said.txt").read_text()
@@ -149,7 +152,7 @@ def test_killed_in_the_save_after_a_damaged_state(straight, server, tmp_path):
         server.start(folder)
         assert server.status() == 0, (folder / "said.txt").read_text()
         same(straight, folder)
-    assert line > 4
+    assert line > 6
 
 
 # ---- disks and folders
