@@ -97,7 +97,10 @@ def corpus_codes(
     precision: str = "auto",  # what to compute in, see `choose_precision`
 ) -> list[Tensor]:          # (F, K) int16 each
     "The codes of every sound, in order"
-    out, order = [None] * len(corpus), np.argsort(corpus.frames, kind="stable")
+    order, sizes = np.argsort(corpus.frames, kind="stable"), [0] * len(corpus)
+    longest = -(-int(corpus.frames.max()) // codec.config.patch)
+    # one table: thousands of small tensors would keep the large ones around them alive
+    out = torch.zeros(len(corpus), longest, codec.config.codebooks, dtype=torch.int16)
     place = home(codec)
     kind = choose_precision(precision, place.type)
     for at in tqdm(range(0, len(corpus), rows), "to codes", disable=not bar):
@@ -105,8 +108,10 @@ def corpus_codes(
         b = moved(stack_mels([log_mel(corpus[i][0]) for i in group], 64), place)
         with torch.autocast(place.type, kind, enabled=kind != torch.float32):
             codes, valid = moved(codec.encode(b.mel, b.lengths), CPU)
-        for i, c, v in zip(group, codes, valid): out[i] = c[v].to(torch.int16)
-    return out
+        for i, c, v in zip(group, codes, valid):
+            sizes[i] = int(v.sum())
+            out[i, :sizes[i]] = c[v]
+    return [row[:n] for row, n in zip(out, sizes)]
 
 # %% ../../nbs/30_speaking.ipynb #787ce537
 def _asked(tokenizer, ids, seed, longest=24):
@@ -133,7 +138,8 @@ def answer_states(
     ids = t.encode_many(texts)
     chats = _asked(t, ids, seed)
     order = sorted(range(len(ids)), key=lambda i: len(chats[i][0]))
-    out = [None] * len(ids)
+    sizes, width = [len(i) + 1 for i in ids], 2 * speaker.thinker.config.width
+    out = torch.empty(sum(sizes), width, dtype=torch.bfloat16).split(sizes)   # one table
     place = home(speaker.thinker)
     kind = choose_precision(precision, place.type)
     for at in range(0, len(ids), rows):
@@ -146,9 +152,8 @@ def answer_states(
         with torch.autocast(place.type, kind, enabled=kind != torch.float32):
             states = thinker_states(speaker.thinker, x, layer, valid=x != t.pad)
         for i, row in zip(group, states.cpu()):
-            begin = chats[i][1]
-            out[i] = row[begin:begin + len(ids[i]) + 1].bfloat16()
-    return [i + [t.end] for i in ids], out
+            out[i].copy_(row[chats[i][1]:][:sizes[i]])
+    return [i + [t.end] for i in ids], list(out)
 
 # %% ../../nbs/30_speaking.ipynb #6c2dd263
 @dataclass
