@@ -2,7 +2,6 @@
 import os, platform, time
 from pathlib import Path
 import torch
-from muomni.train.checkpoint import code_revision
 
 SOAK = bool(os.environ.get("MUOMNI_SOAK"))
 REPORT = Path(__file__).with_name("soak-report.txt")
@@ -11,9 +10,11 @@ WHOLE = {"test_kill.py", "test_hostile.py", "test_hostile_data.py", "test_stream
 
 def pytest_terminal_summary(terminalreporter, config):
     "One line a test: how it ended, how long it took, what it recorded"
+    if not SOAK: return
+    from muomni.train.checkpoint import code_revision
     r = terminalreporter
     files = {x.nodeid.split("::")[0].split("/")[-1] for kind in ("passed", "failed") for x in r.stats.get(kind, [])}
-    if not SOAK or not files >= WHOLE: return               # a part of it is no soak
+    if not files >= WHOLE: return                           # a part of it is no soak
     done = [x for kind in ("passed", "failed", "error", "skipped") for x in r.stats.get(kind, []) if x.when == "call" or not x.passed]
     lines = [f"date      {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC",
              f"command   MUOMNI_SOAK=1 python -m pytest {' '.join(config.invocation_params.args)}",

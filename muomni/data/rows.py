@@ -15,7 +15,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePath, PureWindowsPath
 
@@ -295,7 +295,7 @@ def _alone(path):
     try: file = open(path, "ab")
     except OSError: yield; return          # `_append` says why
     with file:                             # the lock goes with the file
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError): fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 def _append(path, one):

@@ -327,9 +327,9 @@ def fit(
         run.group.wait()        # whoever ends first may end the others
     whole = not config.shard or run.group.world == 1
     if whole: task.model.to("cpu")    # where the rest of a stage is done
-    if config.keep == "best" and "best" in p: _take_best(run)
     if logs: plot_log(run.folder / "log.csv")
     if asked or p["step"] < p["plan"]: raise KeyboardInterrupt    # here, or elsewhere
+    if config.keep == "best" and "best" in p: _take_best(run)
     return run
 
 # %% ../../nbs/26_loop.ipynb #8b4d2dac

@@ -97,10 +97,10 @@ def corpus_codes(
     precision: str = "auto",  # what to compute in, see `choose_precision`
 ) -> list[Tensor]:          # (F, K) int16 each
     "The codes of every sound, in order"
-    order, sizes = np.argsort(corpus.frames, kind="stable"), [0] * len(corpus)
-    longest = -(-int(corpus.frames.max()) // codec.config.patch)
+    order = np.argsort(corpus.frames, kind="stable")
     # one table: thousands of small tensors would keep the large ones around them alive
-    out = torch.zeros(len(corpus), longest, codec.config.codebooks, dtype=torch.int16)
+    sizes, K = (-(-corpus.frames // codec.config.patch)).tolist(), codec.config.codebooks
+    out = torch.empty(sum(sizes), K, dtype=torch.int16).split(sizes)
     place = home(codec)
     kind = choose_precision(precision, place.type)
     for at in tqdm(range(0, len(corpus), rows), "to codes", disable=not bar):
@@ -108,10 +108,8 @@ def corpus_codes(
         b = moved(stack_mels([log_mel(corpus[i][0]) for i in group], 64), place)
         with torch.autocast(place.type, kind, enabled=kind != torch.float32):
             codes, valid = moved(codec.encode(b.mel, b.lengths), CPU)
-        for i, c, v in zip(group, codes, valid):
-            sizes[i] = int(v.sum())
-            out[i, :sizes[i]] = c[v]
-    return [row[:n] for row, n in zip(out, sizes)]
+        for i, c, v in zip(group, codes, valid): out[i].copy_(c[v])
+    return list(out)
 
 # %% ../../nbs/30_speaking.ipynb #787ce537
 def _asked(tokenizer, ids, seed, longest=24):
