@@ -334,7 +334,7 @@ class SpeechConfig:
     "What the stages that hear or speak are trained on."
     sentences: int = 6000       # sounds made before training; batches draw from them
     world: float = 0.5          # share of sentences from the world, 0 to 1
-    everyday: float = 0.25      # share of everyday sentences; the rest: documentation, for a voice loose words too
+    everyday: float = 0.25      # share of everyday sentences; the rest: half documentation, half loose words
     augment: float = 0.7        # share of the sounds that are changed before they are heard, 0 to 1
     valid_sentences: int = 200  # sentences in a validation
     files: str = ""             # your own sounds, in place of all sentences; see 35t

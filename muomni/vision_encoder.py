@@ -25,7 +25,7 @@ def _stem_widths(c):
     if c.patch != 2 ** halvings or halvings == 0:
         raise ValueError(f"patch is {c.patch}: the conv stem halves the picture, so "
                          "patch must be 2, 4, 8, 16, ...; or use the stem 'patch'")
-    first, most = max(1, c.width // 8), max(1, c.width // 2)
+    first, most = max(1, c.width // 4), max(1, c.width // 2)
     return [min(first * 2 ** i, most) for i in range(halvings - 1)] + [c.width]
 
 # %% ../nbs/22_vision_encoder.ipynb #1c982e76

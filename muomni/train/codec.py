@@ -18,7 +18,7 @@ from ..audio import log_mel
 from ..codec import SILENCE, Codec, codec_loss
 from ..config import Config, SpeechConfig
 from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
-from ..data.corpus import SpeechCorpus, speech_corpus
+from ..data.corpus import SpeechCorpus, speech_corpus, spoken_kinds
 from ..data.sentences import sentence
 from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
@@ -27,14 +27,6 @@ from .device import home, moved
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 
-# %% ../../nbs/30a_codec_training.ipynb #3128b66d
-def _kinds(d):
-    "Twenty kinds of sentence, so that each is drawn as often as the config says"
-    world, everyday = round(20 * d.world), round(20 * d.everyday)
-    rest = 20 - world - everyday          # half of it without any grammar
-    return (("world",) * world + ("everyday",) * everyday
-            + ("english",) * (rest - rest // 2) + ("words",) * (rest // 2))
-
 # %% ../../nbs/30a_codec_training.ipynb #40e946eb
 def voice_sentences(
     data: SpeechConfig,     # how many sentences, of which kinds
@@ -42,7 +34,7 @@ def voice_sentences(
 ) -> list[str]:
     "What the voice says in training, or in a validation"
     count = data.sentences if split == "train" else data.valid_sentences
-    kinds = _kinds(data)
+    kinds = spoken_kinds(data)
     return [sentence(i, split, kinds) for i in range(count)]
 
 def voice_corpus(

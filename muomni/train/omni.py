@@ -392,7 +392,7 @@ def omni_loss(
     batch: OmniBatch,    # rows of English first
     english: int,        # rows of English in it, 1 or more
     before: ThinkerLM | None = None,  # whose English is kept; None: answers alone
-    hold: float = 2.0,   # weight of the drift; that of the answers is 1
+    hold: float = 3.0,   # weight of the drift; that of the answers is 1
 ) -> Tensor:             # nats per token
     "Cross-entropy of the answers, and how far English has drifted"
     b, e = batch, english
