@@ -47,7 +47,8 @@ def corpus_items(
 ) -> list[tuple[str, Voice]]:    # (text, Voice), a pure function of the arguments
     "What is said, and by whom, in the shares that the config asks for"
     count = data.sentences if split == "train" else data.valid_sentences
-    return [speech_item(i, split, spoken_kinds(data), voices) for i in range(count)]
+    kinds = spoken_kinds(data)
+    return [speech_item(i, split, kinds, voices) for i in range(count)]
 
 # %% ../../nbs/35m_corpus.ipynb #e8aa39c2
 def _version():
