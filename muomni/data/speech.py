@@ -41,6 +41,7 @@ class Voice:
     variant: str = ""  # who speaks: "f3", "m1", ...; empty for the voice itself
     rate: int = 150  # words a minute, 80 .. 450
     pitch: int = 50  # 0 .. 100; 50 is the speaker's own
+    gap: int = 0  # rest between words: 0 = none, 1 .. 50 from short to long
     split: str = "train"  # which split may hear it; the sound does not depend on it
 
     @property
@@ -49,7 +50,7 @@ class Voice:
         return f"{self.name}+{self.variant}" if self.variant else self.name
 
 # %% ../../nbs/35i_speech.ipynb #7debd41e
-SPEAKING = Voice("en-us", "", rate=135)
+SPEAKING = Voice("en-us", rate=135, gap=3)
 
 # %% ../../nbs/35i_speech.ipynb #53b05e49
 _CAST = {
@@ -109,7 +110,7 @@ def _spoken(text, voice):
     for last in (False, True):
         worker = _Pool.borrow()
         try:
-            answer = worker.say(text, voice.full, voice.rate, voice.pitch)
+            answer = worker.say(text, voice.full, voice.rate, voice.pitch, voice.gap)
         except BrokenPipeError as error:
             if last: raise SpeechError(str(error)) from None
             continue
@@ -122,7 +123,7 @@ def _spoken(text, voice):
 # %% ../../nbs/35i_speech.ipynb #c9603711
 def say(
     text: str,  # anything that can be read aloud
-    voice: Voice = SPEAKING,  # who says it, and how
+    voice: Voice = Voice(),  # who says it, and how
 ) -> Tensor:  # (samples,) float32 at 16 kHz, without silence around, peak 0.95
     "Text in, speech out."
     if not any(c.isalnum() for c in text):
@@ -139,7 +140,7 @@ def say_many(
     speak=say,  # what makes one wave of (text, voice)
 ):  # yields (samples,) float32 at 16 kHz, in the order of the items
     "Speak one after the other, several at a time."
-    pairs = ((i, SPEAKING) if isinstance(i, str) else i for i in items)
+    pairs = ((i, Voice()) if isinstance(i, str) else i for i in items)
     waiting = deque()
     with ThreadPoolExecutor(workers) as threads:
         try:

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/35l_synth.ipynb #6668cd12
@@ -53,14 +54,14 @@ class _Synthesiser:
             self.sound += ctypes.string_at(samples, 2 * count)
         return 0
 
-    def say(self, text, voice, rate, pitch):
+    def say(self, text, voice, rate, pitch, gap):
         "16-bit samples at `self.rate`, as bytes."
         speaker = voice.partition("+")[2]
         known = not speaker or speaker in self.speakers  # else: silently another
         if not known or self.lib.espeak_SetVoiceByName(voice.encode()):
             raise ValueError(f"no voice {voice!r}")
-        self.lib.espeak_SetParameter(1, rate, 0)
-        self.lib.espeak_SetParameter(3, pitch, 0)
+        for number, value in ((1, rate), (3, pitch), (7, gap)):
+            self.lib.espeak_SetParameter(number, value, 0)
         self.sound, raw = bytearray(), text.encode() + b"\0"
         size = ctypes.c_size_t(len(raw))
         if self.lib.espeak_Synth(raw, size, 0, 1, 0, 1, None, None):
@@ -103,21 +104,16 @@ class SpeechWorker:
         voice: str,  # name that the library knows, e.g. "en-us+f3"
         rate: int,  # words a minute, 80 .. 450
         pitch: int,  # 0 .. 100; 50 is the speaker's own
+        gap: int = 0,  # rest between words: 0 = none, 1 .. 50 from short to long
     ) -> tuple:  # (samples a second, 16-bit samples as bytes)
         "Speak. After a crash the worker is closed."
-        ask = dict(text=text, voice=voice, rate=int(rate), pitch=int(pitch))
+        ask = dict(text=text, voice=voice, rate=int(rate), pitch=int(pitch), gap=int(gap))
         request = json.dumps(ask).encode() + b"\n"
-        with self.lock:
-            alarm = threading.Timer(self.patience, self.process.kill)
-            alarm.daemon = True
-            alarm.start()
-            try:
-                good, rate, reply = _exchange(self.process, request)
+        with self.lock, _deadline(self.process, self.patience):
+            try: good, rate, reply = _exchange(self.process, request)
             except BaseException:
                 self.close()
                 raise
-            finally:
-                alarm.cancel()
         if not good: raise SpeechError(reply.decode())
         return rate, reply
 
@@ -130,6 +126,15 @@ class SpeechWorker:
             except OSError: pass
 
 # %% ../../nbs/35l_synth.ipynb #cedca7c3
+@contextmanager
+def _deadline(process, patience):
+    "Kill a process that takes longer than so many seconds."
+    alarm = threading.Timer(patience, process.kill)
+    alarm.daemon = True
+    alarm.start()
+    try: yield
+    finally: alarm.cancel()
+
 def _exchange(process, request):
     "Send one line, read one head and one body."
     try:
