@@ -384,11 +384,13 @@ def new_word_sentences(
 def some_voice(
     seed: int,  # 0, 1, 2, ...
     split: str = "train",  # split of the voices
-) -> Voice:  # a pure function of seed and split
+    wander: int = 8,  # how far the pitch may be from the speaker's own, 0 .. 50
+) -> Voice:  # a pure function of the arguments
     "Somebody to say something, at a pace and pitch of its own."
     dice = Dice((1 << 40) + seed, split)
     voice = dice.pick([v for v in LISTENING if v.split == split])
-    rate, pitch = voice.rate - 15 + dice.below(36), voice.pitch - 8 + dice.below(17)
+    rate = voice.rate - 15 + dice.below(36)
+    pitch = voice.pitch - wander + dice.below(2 * wander + 1)
     return replace(voice, rate=rate, pitch=pitch)
 
 # %% ../../nbs/35j_sentences.ipynb #92fcfdfe
@@ -397,6 +399,7 @@ def speech_item(
     split: str = "train",  # split of the text
     kind=("world", "world", "everyday", "everyday", "words"),  # see `sentence`
     voices: str | None = None,  # split of the voices; None: the same as the text's
+    wander: int = 8,  # how far the pitch may be from the speaker's own, 0 .. 50
 ) -> tuple:  # (text, Voice), a pure function of the arguments
     "A sentence, and who says it how."
-    return sentence(seed, split, kind), some_voice(seed, voices or split)
+    return sentence(seed, split, kind), some_voice(seed, voices or split, wander)

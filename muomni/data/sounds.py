@@ -241,7 +241,7 @@ def augment(
     dice = Dice(seed, "train")
     make = torch.Generator().manual_seed(dice.below(1 << 30))
     if dice.chance(share):
-        wave = resample(wave, RATE, 160 * (90 + dice.below(21)))
+        wave = resample(wave, RATE, 160 * (80 + dice.below(46)))
     if dice.chance(share): wave = _room(wave, dice, make)
     if dice.chance(share): wave = _band(wave, dice)
     if dice.chance(share): wave = _hiss(wave, dice, make)

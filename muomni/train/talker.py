@@ -24,7 +24,7 @@ from ..codec import Codec
 from ..config import Config
 from ..data.corpus import SpeechCorpus
 from ..data.sentences import new_word_sentences, sentence
-from ..data.speech import say_many
+from ..data.speech import SPEAKING, say_many
 from ..data.words import NUMBERS
 from ..sampling import Sampling
 from ..talker import (
@@ -377,7 +377,7 @@ def _hear(judge, waves):
 # %% ../../nbs/30_speaking.ipynb #4ccbca63
 def _kind_scores(speaker, judge, texts, s):
     "Word errors of reference, round trip, Talker and control; endings"
-    truth = list(say_many(texts))
+    truth = list(say_many((text, SPEAKING) for text in texts))
     mels = stack_mels([log_mel(wave) for wave in truth])
     codes, valid = speaker.codec.encode(mels.mel, mels.lengths)
     trip = [codes_wave(speaker, c[v]) for c, v in zip(codes, valid)]
