@@ -46,9 +46,10 @@ def corpus_items(
     voices: str | None = None,   # split of the voices; None: the same
 ) -> list[tuple[str, Voice]]:    # (text, Voice), a pure function of the arguments
     "What is said, and by whom, in the shares that the config asks for"
-    kinds, count, wander = spoken_kinds(data), data.valid_sentences, 8
-    if split == "train": count, wander = data.sentences, 30    # few speakers are high
-    return [speech_item(i, split, kinds, voices, wander) for i in range(count)]
+    kinds, exam = spoken_kinds(data), split != "train"
+    count = data.valid_sentences if exam else data.sentences
+    further = {} if exam else dict(wander=30)      # few speakers are high
+    return [speech_item(i, split, kinds, voices, **further) for i in range(count)]
 
 # %% ../../nbs/35m_corpus.ipynb #e8aa39c2
 def _version():
