@@ -39,7 +39,7 @@ try: $(VENV)/.muomni  ## install, then show the model that came with the clone a
 	$(BIN)/muomni chat --image data/examples/sample_image.png --text "what do you see?" --speak answer.wav
 	@echo "listen to answer.wav; ask more with: source $(VENV)/bin/activate, then: muomni chat"
 
-omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 45 minutes), print its scorecard and a conversation
+omni: $(VENV)/.muomni  ## install, train every stage of the nano model (about 50 minutes), print its scorecard and a conversation
 	$(BIN)/muomni train all --preset nano --out checkpoints/nano $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/muomni eval
 	$(BIN)/muomni chat --text "hello."

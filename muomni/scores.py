@@ -26,7 +26,7 @@ from .audio import RATE
 from .config import SpeechConfig, config_from_dict, load_config
 from .data.corpus import speech_corpus
 from .data.scenes import draw
-from .data.sentences import all_words, some_voice
+from .data.sentences import some_voice
 from .data.speech import SPEAKING, say
 from .data.synth import SpeechError
 from .data.words import NUMBERS
@@ -213,7 +213,7 @@ def exam_share(
 def seeing_card(
     omni: Omni,            # can see
     split: str = "test",   # "valid" or "test"
-    count: int = 300,      # questions
+    count: int = 1500,     # questions; the rarest kind is one of sixty
 ) -> tuple[dict, dict]:    # the part of the card, its controls
     "Exact answers about pictures; a blank and somebody else's picture"
     asked = picture_questions(split, count)
@@ -274,7 +274,7 @@ def speaking_card(
     split: str = "test",          # "valid" or "test"
     count: int = 40,              # sentences of each kind
     judge: Judge | None = None,   # None = the model's own ear, if it has one
-    said: frozenset = frozenset(),   # words spoken in training, see `speaking_scores`
+    said: frozenset = frozenset(),   # sentences of training, see `speaking_scores`
 ) -> tuple[dict, dict]:           # the part of the card, its controls
     "What somebody else understands of the voice"
     speaker = Speaker(omni.tokenizer, omni.model.thinker, omni.codec, omni.talker,
@@ -366,7 +366,7 @@ def amounts(
 ) -> dict[str, int]:       # questions, sentences or replies
     "How much is asked of each ability"
     def share(most): return max(2, most * dialogues // 1000)
-    return dict(seeing=share(300), retrieval=share(100), hearing=share(100),
+    return dict(seeing=share(1500), retrieval=share(100), hearing=share(100),
                 letters=share(30_000), speaking=share(200 if judged else 40),
                 omni=share(100), replies=share(100 if judged else 20))
 
@@ -418,9 +418,9 @@ def _heard_in_training(folder):
     except CheckpointError: return load_config("audio_enc_nano").data_params
 
 def _said_in_training(folder):
-    "Every word that the voice has said in training"
+    "Every sentence that the voice has said in training"
     config = _trained_with(Path(folder) / "talker", "talker")
-    return all_words(voice_sentences(config.data_params))
+    return frozenset(voice_sentences(config.data_params))
 
 # %% ../nbs/40c_scores.ipynb #dbb2ceea
 _MADE_BY = dict(transcribe="audio", hear="audio", see="omni", speak="talker")

@@ -67,6 +67,15 @@ def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, stat
     assert all(a.out == str(tmp_path) for a in parsed) and (ends or sum(a.minutes for a in parsed) == pytest.approx(6))
 
 
+def test_budget_of_a_stage_is_its_share_to_the_last_bit():
+    "What `train all` tells a stage is what it looks for in the folder when it comes again"
+    def configs(*words): return cli._train_configs(cli.parser().parse_args(["train", *words]))
+    for minutes in (1, 2, 4, 7, 8, 16, 30, 62):
+        for stage, config in configs("all", "--minutes", str(minutes)).items():
+            told = str(config.training_params.minutes)
+            assert configs(stage, "--config", config.name, "--minutes", told)[stage] == config
+
+
 def test_closed_streams_are_no_error(monkeypatch):
     "As after `muomni ... >&-`"
     for name in ("stdout", "stderr"): monkeypatch.setattr(sys, name, None)
@@ -244,7 +253,7 @@ def test_omni_minutes(monkeypatch):
     monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: t.batch_tokens / 0.1)
     minutes, step = cli.omni_minutes()
     names = [name for stage, name in cli.ORDER.items() if stage != "text"]
-    rest = 6 + sum(load_config(f"{name}_nano").training_params.minutes for name in names)
+    rest = 10 + sum(load_config(f"{name}_nano").training_params.minutes for name in names)
     assert step == pytest.approx(0.1) and minutes == pytest.approx(t.steps * 0.1 / 60 + rest)
     monkeypatch.setattr("muomni.bench.train_rate", lambda *a, **k: t.batch_tokens / 600)
     assert cli.omni_minutes()[0] == pytest.approx(t.minutes + rest)

@@ -159,3 +159,19 @@ def test_seven_per_cent_stop_at_the_end_of_an_epoch(tmp_path):
     with pytest.raises(DataError, match="7% bad, more than 5%"):
         for n in range(21): seen += len(batches.batch(n))
     assert seen > 150
+
+
+def test_vision_without_drawings_goes_on(tmp_path, monkeypatch):
+    "A machine without the emoji trains on scenes only, and finds the finished stage again"
+    import muomni.train.vision as vision
+    def none(*_): raise ImportError("no openmoji")
+    monkeypatch.setattr(vision, "noun_picture", none)
+    model, _, rest = STAGES["vision"]
+    line = ["train", "vision", "--out", with_tokenizer(tmp_path / "bare"),
+            *sets(model_params=model, training_params={**TRAIN, "steps": 2, "sequence": 1, "batch_tokens": 8}, data_params={**rest, "nouns": 0.5})]
+    status, _, err = call(*line)
+    assert status == 0 and "no pictures with names" in err, err
+    known = json.loads((tmp_path / "bare" / "vision" / "model_metadata.json").read_text())
+    assert known["nouns"] == 0 and known["config"]["data_params"]["nouns"] == 0.5        # what it saw; what was asked
+    status, _, err = call(*line)
+    assert status == 0 and "done already" in err, err

@@ -9,6 +9,7 @@ import muomni.cli as cli
 from small import call, child_environment, content, one_line, read_json
 from muomni.audio import RATE, read_audio, write_audio
 from muomni.inference import NEEDS, Omni, random_checkpoint
+from muomni.train.checkpoint import made_of
 
 
 def tone(seconds, rate=RATE): return 0.3 * torch.sin(2 * torch.pi * 440 * torch.arange(round(seconds * rate)) / rate)
@@ -229,8 +230,10 @@ def test_parts_that_do_not_belong_together(tmp_path):
     "Damaged, of another version, of another codec, of another tokenizer"
     folder = random_checkpoint(tmp_path / "omni")
     say = ["say", "hi", "-o", tmp_path / "x.wav"]
-    edit(folder, "talker", lambda m: m.update(codec="0" * 64))
-    one_line(*call(*command(folder, *say)), 1, "talker and codec do not belong together")
+    for part in ("codec", "omni"):                      # costs the voice, and nothing else
+        edit(folder, "talker", lambda m: m.update(made_of={**made_of(folder, "codec", "omni"), part: "0" * 64}))
+        one_line(*call(*command(folder, *say)), 1, f"learned from another {part}", "muomni train talker")
+        assert set(Omni.load(folder).can) == set(NEEDS) - {"speak"}
     random_checkpoint(folder)
     edit(folder, "omni", lambda m: m["parts"].pop("thinker"))
     one_line(*call(*command(folder, *say)), 1, "omni", "another version")

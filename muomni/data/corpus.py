@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import shutil
 import tempfile
@@ -46,10 +47,14 @@ def corpus_items(
     voices: str | None = None,   # split of the voices; None: the same
 ) -> list[tuple[str, Voice]]:    # (text, Voice), a pure function of the arguments
     "What is said, and by whom, in the shares that the config asks for"
-    kinds, exam = spoken_kinds(data), split != "train"
-    count = data.valid_sentences if exam else data.sentences
-    further = {} if exam else dict(wander=30)      # few speakers are high
-    return [speech_item(i, split, kinds, voices, **further) for i in range(count)]
+    kinds = spoken_kinds(data)
+    if split == "train":                           # few speakers are high, so wander far
+        return [speech_item(i, split, kinds, voices, wander=30)
+                for i in range(data.sentences)]
+    said = {text for text, _ in corpus_items(data)}
+    items = (speech_item(i, split, kinds, voices) for i in itertools.count())
+    new = (item for item in items if item[0] not in said)
+    return list(itertools.islice(new, data.valid_sentences))
 
 # %% ../../nbs/35m_corpus.ipynb #e8aa39c2
 def _version():

@@ -20,9 +20,8 @@ from ..config import Config, ConfigError, apply_overrides
 from .make import whole_file
 
 # %% ../../nbs/35q_fit_config.ipynb #ca6c8f04
-FITS = dict(thinker=("text",), omni_sft=("text", "image_text"), vision=("image_text",),
-            audio_enc=("sound_text",), talker=("sound_text",),
-            codec=("sound", "sound_text"))
+FITS = dict(thinker=("text",), vision=("image_text",), audio_enc=("sound_text",),
+            codec=("sound", "sound_text"))     # the others make what they learn from
 
 def _measure(report, name, key):
     "A number of the report, or what to do to get it."
@@ -72,11 +71,7 @@ def data_amount(
     sides = split["train"] / max(1, report["good"])
     if stage == "vision": total = report["good"]
     elif stage in ("audio_enc", "codec"): total = 8 * _measure(report, "frames", "total")
-    elif stage == "talker":
-        total = sum(_measure(report, n, "total") for n in ("frames", "characters"))
     else: total = _measure(report, "tokens", "total")
-    if stage == "omni_sft" and report["kind"] == "image_text":
-        total += report["good"] * max(1, config.model_params.image_edge) ** 2
     return max(1, int(total * sides))
 
 # %% ../../nbs/35q_fit_config.ipynb #5efec208
@@ -93,12 +88,21 @@ def unit_bytes(
     place = 4 * m.layers * (10 * m.width + 3 * hidden + 5 * heads)
     if stage == "audio_enc": return place // 8 + 4 * 3 * m.mels
     if stage == "vision":
-        return place * ((m.side // m.patch) ** 2 + 1) + 4 * 3 * m.side ** 2
+        places = (m.side // m.patch) ** 2 + 1
+        return place * places + 4 * (3 * m.side ** 2 + _stem(m))
     return place
 
+# %% ../../nbs/35q_fit_config.ipynb #22c96231
 def _experts(m):
     "Hidden layers that a token visits."
     return m.experts_per_token if m.experts else 0
+
+def _stem(m):
+    "Values that the convolutions before the blocks keep, before and after each GELU."
+    if m.stem == "patch": return 0
+    halvings = range(1, m.patch.bit_length() - 1)
+    widths = [min(m.width // 8 * 2 ** i, m.width // 2) for i in halvings]
+    return sum(2 * w * (m.side >> i) ** 2 for w, i in zip(widths, halvings))
 
 def _weight_bytes(config):
     "Weights, gradients and two averages of the optimizer, in float32."
@@ -154,6 +158,14 @@ def fit_batch(
         accumulate = max(accumulate, math.ceil(batch / (fits // row * row)))
     return batch, max(1, min(accumulate, batch // row)), why
 
+# %% ../../nbs/35q_fit_config.ipynb #35bbbe4a
+def _read_a_step(config, report, row, batch):
+    "What a step reads of the data, in the units of `data_amount`"
+    if config.stage == "thinker": return batch * (1 - config.data_params.dialogue_share) or batch
+    if config.stage != "audio_enc": return batch
+    mean = data_amount(config, report) / max(1, report["split"]["train"])
+    return batch // row * mean
+
 # %% ../../nbs/35q_fit_config.ipynb #35491f85
 def fit_config(
     config: Config,        # of a stage, as `load_config` gives it
@@ -162,6 +174,9 @@ def fit_config(
     passes: float = 4.0,   # how often the data are read
 ) -> list:                 # of Change, what stays is left out
     "Lengths, steps and batch sizes that fit the data and the memory."
+    if config.stage not in FITS:
+        raise ConfigError(f"{config.name} makes what it learns from: it takes no data of "
+                          f"yours; {' and '.join(FITS)} do")
     if report["kind"] not in FITS[config.stage]:
         raise ConfigError(f"{config.name} trains on {' or '.join(FITS[config.stage])}; "
                           f"{report['path']} holds {report['kind']}")
@@ -172,7 +187,7 @@ def fit_config(
     row, why_row = fit_length(config, report)
     amount = data_amount(config, report)
     batch, pieces, why = fit_batch(config, row, amount, units_that_fit(config, room))
-    steps = max(1, math.ceil(passes * amount / batch))
+    steps = max(1, math.ceil(passes * amount / _read_a_step(config, report, row, batch)))
     often = max(1, steps // 5)
     found = [Change(p + "sequence", t.sequence, row, why_row),
              Change(p + "batch_tokens", t.batch_tokens, batch, why),

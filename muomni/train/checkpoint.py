@@ -203,7 +203,7 @@ def find_checkpoint(
     if not weights.is_file() or not meta.is_file():
         if older := _step_file(folder): return older, _read_older(older)[2]
         raise CheckpointError(f"{folder}: no trained model here; train one with "
-            "`muomni train all` or name another folder with --checkpoint")
+            "`muomni train all`, or name another folder")
     try: metadata = json.loads(meta.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{meta}: not readable as JSON ({e})") from None

@@ -7,6 +7,7 @@ __all__ = ['voice_sentences', 'voice_corpus', 'Mels', 'MelBatch', 'stack_mels', 
            'codec_task', 'train_codec']
 
 # %% ../../nbs/30a_codec_training.ipynb #d6037834
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,12 @@ def voice_sentences(
     split: str = "train",   # "train", "valid" or "test"
 ) -> list[str]:
     "What the voice says in training, or in a validation"
-    count = data.sentences if split == "train" else data.valid_sentences
     kinds = spoken_kinds(data)
-    return [sentence(i, split, kinds) for i in range(count)]
+    texts = (sentence(i, split, kinds) for i in itertools.count())
+    if split == "train": return list(itertools.islice(texts, data.sentences))
+    said = set(voice_sentences(data))              # short ones of the world come up again
+    new = (text for text in texts if text not in said)
+    return list(itertools.islice(new, data.valid_sentences))
 
 def voice_corpus(
     data: SpeechConfig,     # how many sentences, of which kinds

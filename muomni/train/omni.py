@@ -570,13 +570,14 @@ def train_omni(
     out, t = Path(out), config.training_params
     with folder_lock(out / "omni"):
         torch.manual_seed(t.seed)
+        built_on = made_of(out, "tokenizer.json", "thinker", "audio", "vision")
         model = assemble(config.model_params, out)
         model.to(choose_device(t.device))
         tokenizer = load_tokenizer(out / "tokenizer.json")
         heard = {split: hear_split(model, config.data_params, split, bar=bar)
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
-        task.built_on = made_of(out, "tokenizer.json", "thinker", "audio", "vision")
+        task.built_on = built_on
         run = fit(task, t, out / "omni", bar, tensorboard)
         save_omni(out, model, run_metadata("omni", config, run), SHIPPED)
     return model

@@ -8,6 +8,7 @@ __all__ = ['Speaker', 'load_speaker', 'corpus_codes', 'answer_states', 'Spoken',
            'speaking_scores']
 
 # %% ../../nbs/30_speaking.ipynb #1c4ef48c
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..audio import HOP, log_mel
 from ..codec import Codec
 from ..config import Config
 from ..data.corpus import SpeechCorpus
-from ..data.sentences import new_word_sentences, sentence
+from ..data.sentences import all_words, new_word_sentences, sentence
 from ..data.speech import SPEAKING, say_many
 from ..data.words import NUMBERS
 from ..sampling import Sampling
@@ -32,7 +33,7 @@ from ..talker import (
     talker_parts, thinker_states, token_letters)
 from ..thinker import ThinkerLM
 from ..tokenizer import Tokenizer, load_tokenizer
-from .audio import word_error_rate
+from .audio import plain, word_error_rate
 from .checkpoint import (
     SHIPPED, CheckpointError, folder_lock, is_trained, load_part, made_of, save_model)
 from .codec import stack_mels, voice_corpus
@@ -318,6 +319,8 @@ def train_talker(
     "Stage D from nothing, or from where it stopped"
     out, c = Path(out), config.model_params
     speaker = load_speaker(out, talker=False)
+    reads = "omni" if is_trained(out / "omni") else "thinker"
+    built_on = made_of(out, "tokenizer.json", "codec", reads)
     _fits_codec(config, speaker.codec)
     t = config.training_params
     for part in (speaker.thinker, speaker.codec): part.to(choose_device(t.device))
@@ -328,11 +331,10 @@ def train_talker(
         torch.manual_seed(t.seed)
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
-        reads = "omni" if is_trained(out / "omni") else "thinker"
-        task.built_on = made_of(out, "tokenizer.json", "codec", reads)
+        task.built_on = built_on
         run = fit(task, t, out / "talker", bar, tensorboard)
         save_model(out / "talker", talker.eval(), run_metadata(
-            "talker", config, run, codec=task.built_on["codec"]), SHIPPED)
+            "talker", config, run, codec=built_on["codec"]), SHIPPED)
     return talker
 
 # %% ../../nbs/30_speaking.ipynb #260d58c9
@@ -390,6 +392,13 @@ def _kind_scores(speaker, judge, texts, s):
                 codec=word_error_rate(_hear(judge, trip), texts),
                 ends=sum(ends) / len(ends))
 
+# %% ../../nbs/30_speaking.ipynb #92d7ce78
+def _unsaid(split, count, said):
+    "The first sentences of the world that training never spoke"
+    known = {plain(text) for text in said}
+    texts = (sentence(i, split, "world") for i in itertools.count())
+    return list(itertools.islice((t for t in texts if plain(t) not in known), count))
+
 # %% ../../nbs/30_speaking.ipynb #f39873c8
 def speaking_scores(
     speaker: Speaker,   # with its Talker
@@ -397,14 +406,14 @@ def speaking_scores(
     count: int = 48,    # held-out sentences of each kind
     split: str = "test",       # "valid" or "test"
     s: Sampling = Sampling(),  # how codes are drawn
-    said: frozenset = frozenset(),   # words spoken in training; with some, a third of
-                                     # the words of each everyday sentence is new
+    said: frozenset = frozenset(),   # sentences spoken in training: none is asked again,
+                                     # a third of the words of everyday ones is new
 ) -> dict:   # shares and rates; open_ ones are of everyday sentences, n of each
     "What somebody else understands, beside reference, round trip and control"
-    def some(kind): return [sentence(i, split, kind) for i in range(count)]
-    other, new = (new_word_sentences(split, count, said) if said
-                  else (some("everyday"), None))
-    world, free = (_kind_scores(speaker, judge, t, s) for t in (some("world"), other))
+    new, other = None, [sentence(i, split, "everyday") for i in range(count)]
+    if said: other, new = new_word_sentences(split, count, all_words(said))
+    exams = _unsaid(split, count, said), other
+    world, free = (_kind_scores(speaker, judge, texts, s) for texts in exams)
     return (dict(open_new_words=new) if said else {}) | dict(
         wer=world["wer"], wer_reference=world["reference"], wer_codec=world["codec"],
         open_wer=free["wer"], open_reference=free["reference"],

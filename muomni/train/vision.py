@@ -575,7 +575,7 @@ def train_vision(
     tensorboard: bool = False,  # also write a TensorBoard log
 ) -> Seer:                # trained, in eval mode
     "Stage C from nothing, or from where it stopped"
-    folder, config = Path(out) / "vision", _with_drawings(config)
+    folder, asked, config = Path(out) / "vision", config, _with_drawings(config)
     with folder_lock(folder):
         precision = choose_precision(config.training_params.precision)
         reader = text_reader(config, out, precision)
@@ -591,7 +591,8 @@ def train_vision(
         as_loud_as_words(seer, head, reader.words[head.ids], images)
         tokens = seer.text_embedding.num_embeddings if seer.text_embedding else 0
         save_model(folder, seer, run_metadata(
-            "vision", config, run, tokens=tokens, text_width=seer.to_words.out_features))
+            "vision", asked, run, tokens=tokens, text_width=seer.to_words.out_features,
+            nouns=config.data_params.nouns))
     return seer
 
 # %% ../../nbs/29_seeing.ipynb #513da487
@@ -630,7 +631,7 @@ def seeing_scores(
     scores |= {f"probe_{k}": v for k, v in cell_probe(seer, split, count).items()}
     controls = dict(blank=seeing_figures(seer, reader, scenes, blank),
                     shuffled=seeing_figures(seer, reader, scenes, images[1:] + images[:1]),
-                    chance=dict(r1=1 / count, r5=5 / count, name_r5=0.05,
+                    chance=dict(r1=1 / count, r5=min(1, 5 / count), name_r5=0.05,
                                 **{key: 1 / len(v) for key, v in WORDS.items()}))
     return scores | name_scores(seer, reader), controls
 
