@@ -59,6 +59,7 @@ def _say(args, result, text):
 # %% ../nbs/38_cli.ipynb #9797bc18
 def _rank():
     "Number of this process among those that `torchrun` started; alone it is 0"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return 0
     return int(os.environ.get("RANK", 0))
 
 # %% ../nbs/38_cli.ipynb #33954b77

@@ -6,6 +6,7 @@
 __all__ = ['StreamBatches', 'own_streams', 'held_out', 'own_fingerprint']
 
 # %% ../../nbs/35t_own_data.ipynb #7eeb17e0
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -64,6 +65,7 @@ def own_streams(
 ) -> dict[str, Stream]:     # "train", "valid"
     "Both sides of your own data"
     files = data_files(path)
+    if bad: _forget(Path(bad))
     sides, bad = named_sides(files), BadRows(bad)
     out = {}
     for side in ("train", "valid"):
@@ -82,6 +84,12 @@ def held_out(
     found = list(islice(streams["valid"], count))
     if found: return found
     raise DataError(f"{streams['valid'].paths[0]}: not one sample for validation")
+
+# %% ../../nbs/35t_own_data.ipynb #f991cebc
+def _forget(bad):
+    "Rows of a start that came to no state: they may be mended by now"
+    if os.environ.get("RANK", "0") != "0" or any(bad.parent.glob("state*.pt")): return
+    bad.unlink(missing_ok=True)
 
 # %% ../../nbs/35t_own_data.ipynb #72e459b5
 def own_fingerprint(

@@ -197,15 +197,19 @@ def hash_side(
     "Which side a sample is on: always the same one, whatever stands around it."
     return "valid" if in_valid(key, share) else "train"
 
-_SIDE = re.compile(r"(?:^|[_.-])(train|valid|val|dev|test)$", re.I)
+_SIDE = re.compile(r"(?:^|[_.-])(train|validation|valid|val|dev|test)$", re.I)
 
 def named_sides(
     files: list,   # paths
 ) -> dict:         # {path: "train", "valid" or "test"}, or {}
     "The side of each file, where the names of all of them say it"
     found = {p: _SIDE.search(p.stem) for p in files}
-    if len(files) < 2 or not all(found.values()): return {}
-    other = {"val": "valid", "dev": "valid"}
+    silent = [p for p in files if not found[p]]
+    if len(files) < 2 or len(silent) == len(files): return {}
+    if silent:                                  # or what is held out would be learned from
+        raise DataError(f"{silent[0]}: the names of other files here end in train, valid "
+                        "or test, and this one's does not: rename it or move it")
+    other = dict.fromkeys(("validation", "val", "dev"), "valid")
     return {p: other.get(m[1].lower(), m[1].lower()) for p, m in found.items()}
 
 # %% ../../nbs/35p_check.ipynb #808e50b5
@@ -314,6 +318,9 @@ def findings(
                         "split: validation knows them from training")
     if report["repeated"]:
         warnings.append(f"contents that repeat: {report['repeated']}")
+    if good and not report["split"].get("train"):
+        problems.append("no row is left for training: name a file after it, as in "
+                        "train.csv, or add rows")
     if good and not report["split"].get("valid"):
         problems.append("no row is left for validation, and training wants one: name a "
                         "file after it, as in valid.csv, or add rows")

@@ -204,7 +204,8 @@ def _finished(folder, settings):
         known = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return known if all(known.get(key) == settings[key] for key in settings) else None
+    same = all(known.get(key) == settings[key] for key in settings)
+    return known if same and known.get("sha256") == checksum(folder) else None
 
 # %% ../../nbs/35c_make.ipynb #fff4660f
 def _make(out, what, count, seed, progress):

@@ -322,11 +322,12 @@ class SoundStream(Stream):
     def fields(self,
         value,   # a row
     ) -> tuple[str, str]:
-        "Name of the sound, transcript; the transcript only if it is wanted or there"
+        "Name of the sound, transcript; where none is wanted, what there is"
         _need_table(value)
         name = text_of(value, SOUND_COLUMNS, LONGEST_NAME)
-        wanted = "text" in self.give or any(value.get(c) for c in TEXT_COLUMNS)
-        return name, text_of(value, TEXT_COLUMNS) if wanted else ""
+        if "text" in self.give: return name, text_of(value, TEXT_COLUMNS)
+        said = (value.get(c) for c in TEXT_COLUMNS)
+        return name, next((x for x in said if isinstance(x, str) and x.strip()), "")
 
     def load(self,
         path: Path,  # of the table

@@ -77,7 +77,8 @@ def _lock_file(
 # %% ../../nbs/39_checkpoint.ipynb #c601888f
 def _is_first():
     "Of the processes that train together (notebook 36c) one writes; alone it is this one"
-    return os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"     # whatever RANK a shell has left
+    return alone or os.environ.get("RANK", "0") == "0"
 
 # %% ../../nbs/39_checkpoint.ipynb #fe1a4e9f
 @contextlib.contextmanager

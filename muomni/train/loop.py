@@ -220,6 +220,9 @@ def _same_origin(folder, progress, task):
     "Refuse to go on with another tokenizer, other parts or other data than at first"
     for key, now in dict(built_on=task.built_on, data=task.data).items():
         began = progress.setdefault(key, now)
+        if gone := sorted(began.keys() - now.keys()):
+            raise CheckpointError(f"{folder}: began with {gone[0]}, which is not there "
+                "now; put it back, or delete state*.pt to start anew")
         if change := first_change(began, now, free=("versions",)):
             raise CheckpointError(f"{folder}: began with another {change[0]} than there "
                 "is now; put that back, or delete state*.pt to start anew")
@@ -415,7 +418,7 @@ class BoardLog:
         except ImportError as e:
             raise RuntimeError("no TensorBoard here: pip install tensorboard, or train "
                                f"without it ({e})") from None
-        self.writer = SummaryWriter(str(folder), purge_step=step)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self,
         **row,   # values of the columns of the CSV log

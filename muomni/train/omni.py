@@ -26,7 +26,7 @@ from ..config import (
     AudioEncoderConfig, Config, ConfigError, OmniConfig, OmniDataConfig, ThinkerConfig,
     VisionConfig, config_from_dict)
 from ..data.corpus import speech_corpus
-from ..data.english import documents
+from ..data.english import documents, fingerprint
 from ..data.packing import best_fit, pack_row, stack
 from ..data.scenes import Scene, caption, draw
 from ..data.sentences import some_voice
@@ -181,6 +181,7 @@ def assemble(
     thinker, read = load_part(folder / "thinker", ThinkerLM)
     hearer, heard = load_part(folder / "audio", lambda c: Hearer(c, tokens), "audio_enc")
     _same_tokenizer(folder, thinker=read, audio=heard)
+    _same_words(folder)
     seer = load_seer(folder)
     model = OmniModel(config, thinker, Eyes(seer.encoder), hearer).eval()
     model.picture_projector.load_state_dict(seer.to_words.state_dict())
@@ -203,6 +204,16 @@ def _same_tokenizer(folder, **parts):
         if metadata.get("tokenizer", own) == own: continue
         raise CheckpointError(f"{folder / part}: learned with another tokenizer than the "
                               "one in this folder; train it again")
+
+# %% ../../nbs/31_all_at_once.ipynb #c3f518c1
+def _same_words(folder):
+    "Refuse eyes that learned the words of another Thinker"
+    knows = find_checkpoint(folder / "vision")[1].get("made_of", {})
+    here = made_of(folder, *knows)
+    for part in knows:
+        if here.get(part) == knows[part]: continue
+        raise CheckpointError(f"{folder / 'vision'}: learned from another {part} than the "
+                              "one in this folder; delete it and train it again")
 
 # %% ../../nbs/31_all_at_once.ipynb #590293c8
 def noise_talk(
@@ -302,6 +313,14 @@ class OmniTalks:
         _, question, answer, _ = sound_turn(at)
         return noise_talk(self.tokenizer, self.heard.noises[at], question, answer)
 
+# %% ../../nbs/31_all_at_once.ipynb #a0b29f61
+def _need_scene(spoken, data):
+    "Refuse so few spoken questions that none is about a picture"
+    talks = (spoken_dialogue(i, "train", data.most_turns) for i in range(spoken))
+    if any(talk.scene for talk in talks): return
+    raise ValueError(f"data_params.spoken is {spoken}: none of so few questions is about a "
+                     "picture; set it higher")
+
 # %% ../../nbs/31_all_at_once.ipynb #74407d56
 class OmniBatches(OmniTalks):
     "English, then all sorts of conversations; batch n is a pure function of n"
@@ -319,6 +338,7 @@ class OmniBatches(OmniTalks):
         rows = t.batch_tokens // t.sequence // t.accumulate
         self.rows = rows_of_sorts(rows, self.data)
         self.english = EnglishRows(tokenizer, docs, t.sequence, t.seed)
+        if self.rows["both"]: _need_scene(len(heard.spoken), self.data)
 
     def batch(self,
         n: int,          # number of the micro-batch, from 0 on
@@ -577,7 +597,7 @@ def train_omni(
         heard = {split: hear_split(model, config.data_params, split, bar=bar)
                  for split in ("train", "valid")}
         task = omni_task(config, tokenizer, model, heard, documents("train"))
-        task.built_on = built_on
+        task.built_on, task.data = built_on, dict(english=fingerprint())
         run = fit(task, t, out / "omni", bar, tensorboard)
         save_omni(out, model, run_metadata("omni", config, run), SHIPPED)
     return model

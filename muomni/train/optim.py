@@ -80,7 +80,7 @@ def _adamw_update(p, state, group):
 
 # %% ../../nbs/36b_optim.ipynb #36btable
 def _is_table(name):
-    "A row for each token: embedding or head, also of a model inside another"
+    "By its name: an embedding (of tokens, patches, places) or a head"
     return "embedding" in name or any(part.startswith("head") for part in name.split("."))
 
 # %% ../../nbs/36b_optim.ipynb #bcb3347b
