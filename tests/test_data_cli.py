@@ -138,7 +138,7 @@ def test_download_breaks_and_goes_on(here, tmp_path, monkeypatch, what, rows, dr
     here.drop = drop
     status, out, err = call("data", "download", what, "--out", tmp_path, "--yes", "--json")
     got = read_json(out)
-    assert status == 0 and got["rows"] == rows and "licence" in err and download.SETS[what].licence in err
+    assert status == 0 and got["rows"] == rows and "licence" in err and download.SETS[what].licence in err and re.search(r"\d [kMG]?B\b", err), err
     starts = [int(r.removeprefix("bytes=").rstrip("-")) for r in here.asked if r]
     assert starts and all(s % drop == 0 for s in starts)          # no byte twice
     for f in got["files"]: assert f["published"].endswith(f["sha256"])

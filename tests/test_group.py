@@ -3,6 +3,7 @@ import csv, signal, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
 from small import HERE, call, child_environment, driven_child, few_texts, one_line, settings, with_tokenizer
+from test_own_data import TRAIN, own, train, words      # `own` is a fixture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
 QUICK = dict(steps=20, save_every=4, sequence=256, batch_tokens=1024, accumulate=2)     # 2 micro-batches of 2 rows
@@ -57,6 +58,23 @@ def test_two_are_as_one(straight, folder):
     assert r.returncode == 0, r.stderr
     assert r.stderr.count("text: done, in") == 1
     close(straight, end_of(folder))
+
+
+@pytest.mark.parametrize("stage", ["audio", "vision"])
+def test_two_hear_and_see_as_one(own, tmp_path, stage):
+    "Stages B and C on files: the same losses and weights as of one process"
+    one, two = (with_tokenizer(tmp_path / name) for name in ("one", "two"))
+    status, _, err = train(stage, own[stage], one, accumulate=2)
+    assert status == 0, err
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py",
+               *words(stage, own[stage], two, accumulate=2)]
+    r = subprocess.run([str(w) for w in command], env=child_environment(), capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0 and r.stderr.count(f"{stage}: done, in") == 1, r.stderr
+    logs = [[(r["step"], float(r["loss"])) for r in csv.DictReader(open(f / stage / "log.csv", newline=""))] for f in (one, two)]
+    assert len(logs[0]) == TRAIN["steps"] and [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
+    assert max(abs(x - y) for (_, x), (_, y) in zip(*logs)) <= 1.01e-5
+    a, b = (load_file(f / stage / "model.safetensors") for f in (one, two))
+    for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-4, rtol=1e-3)
 
 
 def test_blocks_in_slices(straight, folder):

@@ -7,7 +7,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 import trainings
 from conftest import SOAK
+from muomni.config import ConfigError, load_config
+from muomni.tokenizer import load_tokenizer
 from muomni.train.checkpoint import CheckpointError, load_checkpoint, load_model, load_state, save_model, save_state
+from muomni.train.loop import CsvLog
+from small import with_tokenizer
 from test_kill import optimizer_of
 
 COUNT, MOST = (10_000 if SOAK else 100), 100_000_000     # examples; bytes of memory that no reading of these small files may need
@@ -160,7 +164,7 @@ def test_states_that_lie(bomb, tmp_path):
     assert read(tmp_path, state) == "good"
     huge = torch.zeros(1, dtype=torch.float64).expand(10**9)
     for data in (bomb, held(optimizer=memory(huge)), held(optimizer=memory(torch.zeros(3))), held(optimizer={}), held(model={}), held(model=[1]),
-                 held(model={k: huge for k in t.model.state_dict()}), held(random=torch.zeros(3)), held(progress=7), saved([1]), b"", pickle.dumps(dict(a=1))):
+                 held(model={k: huge for k in t.model.state_dict()}), held(random=torch.zeros(3)), held(others=[1]), held(others=[[3, [1], None], ["MT19937", [1], 0, 0, 0.0]]), held(progress=7), saved([1]), b"", pickle.dumps(dict(a=1))):
         (tmp_path / "state.pt").write_bytes(signed(data))
         assert read(tmp_path, state) == "refused"
 
@@ -244,4 +248,42 @@ def test_fuzz_step_file(name, reader, good, tmp_path, record_property):
     def test(edits):
         (tmp_path / "thinker_step_7.pt").write_bytes(mutated(good[name], edits))
         return read(tmp_path, reader)
+    fuzzed(test, record_property)
+
+
+def test_fuzz_tokenizer(tmp_path, record_property):
+    base = (with_tokenizer(tmp_path) / "tokenizer.json").read_bytes()
+    def test(edits):
+        (tmp_path / "tokenizer.json").write_bytes(mutated(base, edits))
+        try: load_tokenizer(tmp_path / "tokenizer.json")
+        except ValueError: return "refused"
+        return "good"
+    fuzzed(test, record_property)
+
+
+def test_fuzz_config(tmp_path, record_property):
+    base, path = json.dumps(load_config("vision_nano").to_dict()).encode(), tmp_path / "vision_mine.json"
+    def test(edits):
+        path.write_bytes(mutated(base, edits))
+        try: load_config(path)
+        except ConfigError: return "refused"
+        return "good"
+    fuzzed(test, record_property)
+
+
+def test_fuzz_log(tmp_path, record_property):
+    "A log is never refused: rows that are whole stay, and the training goes on behind them"
+    path, row = tmp_path / "log.csv", dict(seconds=1.5, tokens=8, loss=2.5, norm=1, lr=0.1, figures="wer=0.5")
+    log = CsvLog(path, 0)
+    for step in range(6): log.add(step=step, **row)
+    log.close()
+    base = path.read_bytes()
+    def test(edits):
+        path.write_bytes(mutated(base, edits))
+        log = CsvLog(path, 6)
+        log.add(step=6, **row)
+        log.close()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[0] == ",".join(CsvLog.columns) and lines[-1].startswith("6,")
+        return "good" if path.read_bytes().startswith(base) else "refused"          # some of it was dropped
     fuzzed(test, record_property)

@@ -304,7 +304,7 @@ def test_stopped_anywhere(case, straight, tmp_path):
 
 
 def test_skipped_steps_come_again(tmp_path):
-    "Steps left out before and after a stop: counted once, listed once, with their batches"
+    "Steps left out before and after a stop: counted once, listed once, with their batches and samples"
     ruined, t = {4, 9, 15, 16}, task()
     def run(folder, stop=None):
         at = []
@@ -313,10 +313,10 @@ def test_skipped_steps_come_again(tmp_path):
             at[:] = [n]
             return t.batch(n)
         def loss(m, b): return t.loss(m, b) * (float("nan") if at[0] in ruined else 1.0)
-        return fit(replace(task(), batch=batch, loss=loss), trainings.settings(), folder, bar=False).progress
+        return fit(replace(task(), batch=batch, loss=loss, keys=lambda n: [f"own.csv:{n}"]), trainings.settings(), folder, bar=False).progress
     whole = run(tmp_path / "whole")
     with pytest.raises(Stop): run(tmp_path / "twice", 17)
     again = run(tmp_path / "twice")
     assert whole["skipped"] == again["skipped"] == len(ruined)
     lists = [(tmp_path / name / "skipped.csv").read_text() for name in ("whole", "twice")]
-    assert lists[0] == lists[1] and [l.split(",")[:2] for l in lists[0].splitlines()[1:]] == [[str(n), str(n)] for n in sorted(ruined)]
+    assert lists[0] == lists[1] and [l.split(",")[:3] for l in lists[0].splitlines()[1:]] == [[str(n), str(n), f"own.csv:{n}"] for n in sorted(ruined)]

@@ -1,5 +1,5 @@
 """`muomni train STAGE --data PATH`: your own text, sounds and pictures, with bad rows, stops and resumes."""
-import json, math, struct, wave
+import csv, json, math, struct, wave
 import pytest
 import torch
 from PIL import Image
@@ -175,3 +175,14 @@ def test_vision_without_drawings_goes_on(tmp_path, monkeypatch):
     assert known["nouns"] == 0 and known["config"]["data_params"]["nouns"] == 0.5        # what it saw; what was asked
     status, _, err = call(*line)
     assert status == 0 and "done already" in err, err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_skipped_step_names_its_rows(own, tmp_path, stage):
+    "skipped.csv says which rows of the file were in a step that was left out"
+    out = with_tokenizer(tmp_path)
+    status, _, err = train(stage, own[stage], out, clip=1e-13, max_norm=1e-12, steps=3, validate_every=3)
+    assert status == 0, err
+    with open(out / ("thinker" if stage == "text" else stage) / "skipped.csv", newline="") as f: rows = list(csv.DictReader(f))
+    assert [r["step"] for r in rows] == ["0", "1", "2"]
+    for r in rows: assert r["samples"] and all(s.startswith(f"{own[stage].name}:") for s in r["samples"].split())

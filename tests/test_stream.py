@@ -524,6 +524,8 @@ def test_resume_through_wrappers(folder):
     with pytest.raises(ZeroDivisionError):
         with ValidationSkipSamplesContext(s): 1 / 0
     with ValidationSkipSamplesContext([1, 2]): pass
+    later = setup_resume_data_loading(DataLoader(Wrapper(s), 4, collate_fn=list, num_workers=2, prefetch_factor=3), 1)
+    assert (later.num_workers, later.prefetch_factor, later.batch_size) == (2, 3, 4)
 
 
 def test_resume_of_a_random_split():
@@ -577,3 +579,35 @@ def test_the_temporary_list_goes_with_its_owner_and_not_with_a_worker(folder):
 
 
 def test_summary_of_nothing(): assert bad_summary([]) == "no bad rows"
+
+
+# ---- a training over a loader with workers, stopped in the middle of an epoch
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [3, 7])          # of five batches an epoch
+def test_weights_after_a_resume_with_workers(folder, workers, stop):
+    "Loader, workers, epoch and place come again: the weights are those of the run that never stopped, bit for bit"
+    def loader(): return StreamLoader(LineStream(texts(folder, 40), buffer=9, seed=3), 8, workers)
+    def step(model, optimizer, batch):
+        x = torch.tensor([[len(t), sum(map(ord, t)) / 1000] for t in batch])
+        model(x).pow(2).mean().backward()
+        optimizer.step(); optimizer.zero_grad()
+    def training(begin, state=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        if state: model.load_state_dict(state[0]); optimizer.load_state_dict(state[1])
+        done, (epoch, first) = begin, calculate_resume_position(begin, 5)
+        data = setup_resume_data_loading(loader(), first, epoch)
+        assert data.num_workers == workers
+        while True:
+            for batch in data:
+                yield done, (copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()))
+                step(model, optimizer, batch)
+                done += 1
+            epoch += 1
+            data.dataset.set_epoch(epoch)
+    whole = dict(islice(training(0), 11))
+    later = dict(islice(training(stop, whole[stop]), 11 - stop))
+    assert sorted(later) == list(range(stop, 11))
+    for key, value in whole[10][0].items(): assert torch.equal(value, later[10][0][key])

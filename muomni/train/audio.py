@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from ..audio import HOP, log_mel
 from ..audio_encoder import AudioEncoderTiny
 from ..config import AudioEncoderConfig, Config, SpeechConfig, load_config
-from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
+from ..data.batches import (
+    StreamBatches, held_out, own_fingerprint, own_streams, sample_keys)
 from ..data.check import frames_needed
 from ..data.corpus import SpeechCorpus, corpus_items, speech_corpus
 from ..data.rows import DataError
@@ -431,7 +432,10 @@ def hearing_task(
     batches = batches or SoundBatches(tokenizer, corpora["train"], config)
     def weight(b): return sum(map(len, b.targets))
     def validate(m): return hearing_figures(m, tokenizer, corpora)
-    return Task(hearer, Ahead(batches.batch).batch, hearing_loss, weight, validate, "-wer")
+    own = isinstance(batches, StreamBatches)
+    more = dict(keys=partial(sample_keys, batches)) if own else {}
+    return Task(hearer, Ahead(batches.batch).batch, hearing_loss, weight, validate, "-wer",
+                **more)
 
 # %% ../../nbs/28_hearing.ipynb #learned1
 def _learned_from(config, tokenizer, folder, bar):

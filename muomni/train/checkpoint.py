@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -292,13 +293,25 @@ def save_state(
     "Model, optimizer and progress in one file with its digest; the one before is kept"
     path, buffer = Path(path), io.BytesIO()
     state = dict(model=whole(model.state_dict()), optimizer=whole(optimizer.state_dict()),
-                 progress=progress, random=torch.get_rng_state())
+                 progress=progress, random=torch.get_rng_state(), others=_dice())
     if not _is_first(): return
     if torch.cuda.is_available(): state["cuda"] = torch.cuda.get_rng_state_all()
     torch.save(state, buffer)
     still_there(path.parent)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
     write_whole(path, buffer.getbuffer(), _before(path).name)
+
+# %% ../../nbs/39_checkpoint.ipynb #122695fb
+def _dice(python=None, numpy=None):
+    "The states of two dice as plain values; given some, they are put back"
+    if python:
+        version, numbers, last = python
+        random.setstate((version, tuple(numbers), last))
+        name, keys, *rest = numpy
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, numbers, last = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return [version, list(numbers), last], [name, keys.tolist(), *rest]
 
 # %% ../../nbs/39_checkpoint.ipynb #c94e00b1
 def _before(path): return path.with_suffix(".before.pt")
@@ -359,6 +372,7 @@ def _take_up(path, state, model, optimizer):
     progress, own = dict(state["progress"]), model.state_dict()
     _check_fit(path, own, state["model"])
     torch.set_rng_state(state["random"])
+    if "others" in state: _dice(*state["others"])
     _take_memories(path, state["optimizer"], optimizer)
     model.load_state_dict({k: cut_like(v, own[k]) for k, v in state["model"].items()})
     if torch.cuda.is_available() and "cuda" in state:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..audio import log_mel
 from ..codec import SILENCE, Codec, codec_loss
 from ..config import Config, SpeechConfig
-from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
+from ..data.batches import (
+    StreamBatches, held_out, own_fingerprint, own_streams, sample_keys)
 from ..data.corpus import SpeechCorpus, speech_corpus, spoken_kinds
 from ..data.sentences import sentence
 from ..data.speech import SPEAKING
@@ -174,15 +175,17 @@ def codec_task(
     def loss(m, b): return codec_loss(m, b.mel, b.lengths)
     def weight(b): return int(b.lengths.sum())
     def validate(m): return codec_figures(m, valid)
-    return Task(codec, Ahead(batches.batch).batch, loss, weight, validate, "-l1")
+    keys = dict(keys=partial(sample_keys, batches)) if own else {}
+    return Task(codec, Ahead(batches.batch).batch, loss, weight, validate, "-l1", **keys)
 
 # %% ../../nbs/30a_codec_training.ipynb #owncodec2
 def _learned_from(config, folder, bar):
     "(sounds to learn from, held-out log-mels, fingerprint)"
     d, seed = config.data_params, config.training_params.seed
     if not d.files:
-        train, valid = (Mels(voice_corpus(d, side, bar)) for side in ("train", "valid"))
-        return train, valid[:], {}
+        made = {side: voice_corpus(d, side, bar) for side in ("train", "valid")}
+        names = {side: corpus.folder.name for side, corpus in made.items()}
+        return Mels(made["train"]), Mels(made["valid"])[:], names
     own = own_streams(d.files, partial(SoundStream, give=("mel",)),
                       folder / "bad_rows.jsonl", seed=seed)
     return own["train"], held_out(own, d.valid_sentences), own_fingerprint(own)

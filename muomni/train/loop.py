@@ -44,6 +44,7 @@ class Task:
     judge: str = ""    # the figure that tells the best weights; "-wer": less is better
     built_on: dict = field(default_factory=dict)   # part -> sha256, see `made_of`
     data: dict = field(default_factory=dict)       # file -> sha256 of what it learns from
+    keys: Callable[[int], list] = lambda n: []     # file:row of each sample of a batch
 
 # %% ../../nbs/26_loop.ipynb #5e8f0e91
 def train_step(
@@ -90,10 +91,12 @@ def polite_interrupt():
 
 # %% ../../nbs/26_loop.ipynb #b4a2280f
 def _read_csv(path):
-    "The whole rows of a log"
+    "The whole rows of a log; what damage has left of others is dropped"
     if not Path(path).exists(): return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [r for r in csv.DictReader(f) if None not in r.values()]
+    def whole(r): return None not in (*r, *r.values()) and (r.get("step") or "").isdecimal()
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        try: return [r for r in csv.DictReader(f) if whole(r)]
+        except csv.Error: return []
 
 # %% ../../nbs/26_loop.ipynb #52012592
 class CsvLog:
@@ -105,7 +108,7 @@ class CsvLog:
         columns: tuple[str, ...] = columns,   # names; the first is "step"
     ):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
+        writer = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(r for r in _read_csv(path) if int(r["step"]) < step)
         write_whole(path, text.getvalue().encode())
@@ -281,13 +284,15 @@ PATIENCE = 20    # steps left out in a row after which a run is given up
 
 def _skipped(run, loss, norm, numbers):
     "Count and list a step that was left out; give up when nothing but such steps come"
-    p, columns = run.progress, ("step", "batches", "loss", "norm")
+    p, columns = run.progress, ("step", "batches", "samples", "loss", "norm")
     still_there(run.folder)
     p["skipped"] += 1
     p["in_a_row"] = p.get("in_a_row", 0) + 1
     if not run.group.rank:
         log = CsvLog(run.folder / "skipped.csv", p["step"], columns)
-        log.add(step=p["step"], batches=" ".join(map(str, numbers)), loss=loss, norm=norm)
+        keys = [key for n in numbers for key in run.task.keys(n)]
+        log.add(step=p["step"], batches=" ".join(map(str, numbers)),
+                samples=" ".join(keys), loss=loss, norm=norm)
         log.close()
     if p["in_a_row"] >= PATIENCE:
         raise RuntimeError(f"step {p['step']}: {PATIENCE} steps in a row had a gradient "

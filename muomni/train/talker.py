@@ -332,6 +332,7 @@ def train_talker(
         talker = TalkerTiny(c, speaker.thinker.config.width)
         task = talker_task(config, speaker, talker, train, valid)
         task.built_on = built_on
+        task.data = dict(zip(("train", "valid"), (x.folder.name for x in corpora)))
         run = fit(task, t, out / "talker", bar, tensorboard)
         save_model(out / "talker", talker.eval(), run_metadata(
             "talker", config, run, codec=built_on["codec"]), SHIPPED)

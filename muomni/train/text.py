@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from ..config import Config
-from ..data.batches import StreamBatches, own_fingerprint, own_streams
+from ..data.batches import (
+    StreamBatches, own_fingerprint, own_streams, sample_keys)
 from ..data.english import documents, fingerprint
 from ..data.packing import Batch, best_fit, pack_row, stack
 from ..data.rows import DataError
@@ -168,6 +169,11 @@ class TextBatches:
         if D: rows += dialogue_rows(self.tokenizer, self.first + n * self.pool, D,
                                     self.row, self.pool, self.most, lesson)
         return stack(rows)
+
+    def keys(self, n):   # of your own lines; the rest is made from the number n
+        "file:row of the samples of micro-batch n"
+        own = isinstance(self.english, LineRows)
+        return sample_keys(self.english.batches, n) if own else []
 
 # %% ../../nbs/27_text.ipynb #130db9ac
 class LineRows:
@@ -357,7 +363,8 @@ def text_task(
     def validate(m):
         return dict(bits_per_byte=english_bits(m, tokenizer, held, row, row),
                     exact=exact_share(m, tokenizer, asked)[0])
-    return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "-bits_per_byte")
+    return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "-bits_per_byte",
+                keys=batches.keys)
 
 # %% ../../nbs/27_text.ipynb #owntext1
 def _own_text(config, out):

@@ -10,6 +10,7 @@ __all__ = ['SEEN_STYLES', 'EDGE', 'WORDS', 'contrastive_loss', 'ThinkerReader', 
            'as_loud_as_words', 'train_vision', 'load_seer', 'seeing_scores', 'name_scores']
 
 # %% ../../nbs/29_seeing.ipynb #6612a407
+import hashlib
 import math
 import sys
 from collections import Counter
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/29_seeing.ipynb #1c8e539a
 from ..config import Config, VisionConfig
-from ..data.batches import StreamBatches, held_out, own_fingerprint, own_streams
+from ..data.batches import (
+    StreamBatches, held_out, own_fingerprint, own_streams, sample_keys)
 from ..data.rows import DataError
 from ..data.scenes import (
     Scene, caption, draw, is_held_out, make_scene, noun_picture, nouns)
@@ -532,7 +534,8 @@ def _own_task(config, reader, parts, own):
     batches = StreamBatches(own["train"], t.batch_tokens // t.accumulate, collate)
     def weight(b): return len(b.pixels)
     def validate(m): return pair_figures(m["seer"], reader, held)
-    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1")
+    return Task(parts, Ahead(batches.batch).batch, seeing_loss, weight, validate, "r1",
+                keys=partial(sample_keys, batches))
 
 # %% ../../nbs/29_seeing.ipynb #d26462d6
 def vision_task(
@@ -584,7 +587,7 @@ def train_vision(
         parts = new_parts(config, reader, [text for _, text in some])
         task = vision_task(config, reader, parts, own)
         task.built_on = made_of(out, "tokenizer.json", config.data_params.captions)
-        task.data = own_fingerprint(own)
+        task.data = own_fingerprint(own) or dict(scenes=_scenes_mark())
         run = fit(task, config.training_params, folder, bar, tensorboard)
         seer, head = parts.eval()["seer"], parts["words"]
         images = [x for x, _ in some if x is not None]
@@ -604,6 +607,12 @@ def _with_drawings(config):
         print(f"note: no pictures with names: {error}", file=sys.stderr)
         return replace(config, data_params=replace(config.data_params, nouns=0.0))
     return config
+
+# %% ../../nbs/29_seeing.ipynb #621e8ec7
+def _scenes_mark():
+    "Which scenes the course makes: a digest of the first captions"
+    some = "\n".join(caption(make_scene(i)) for i in range(200))
+    return hashlib.sha256(some.encode()).hexdigest()
 
 # %% ../../nbs/29_seeing.ipynb #9806867d
 def load_seer(
