@@ -128,11 +128,10 @@ def _finished(part, config):
 # %% ../nbs/38_cli.ipynb #e6c5078c
 def _same_origin(part, origin):
     "Refuse what was built on weights that are no longer those of this folder"
-    from muomni.train.checkpoint import made_of
-    for stage, now in made_of(part.parent, *origin).items():
-        if now != origin[stage]:
-            raise Trouble(f"{part}: learned from another {stage} than the one in "
-                          f"{part.parent}; delete {part} to train it again")
+    from muomni.train.checkpoint import other_part
+    if other := other_part(part.parent, origin):
+        raise Trouble(f"{part}: learned from another {other} than the one in "
+                      f"{part.parent}; delete {part} to train it again")
 
 # %% ../nbs/38_cli.ipynb #7bbbd4a8
 def _same_config(part, known, config, free):

@@ -59,10 +59,11 @@ class StreamBatches:
 
 # %% ../../nbs/35t_own_data.ipynb #06d335a8
 def sample_keys(
-    batches: StreamBatches,   # of your own data
-    n: int,                   # number of a batch
-) -> list[str]:               # file:row of each of its samples
+    batches,        # StreamBatches, or what the course makes from numbers
+    n: int,         # number of a batch
+) -> list[str]:     # file:row of each of its samples; none of what was made
     "Where the samples of a batch stand, for whoever has to look at them"
+    if not isinstance(batches, StreamBatches): return []
     stream, size = batches.stream, batches.size
     epoch, place = divmod(n, batches.per_epoch)
     walk = stream.order(epoch, Tally(stream.bad, str(stream.paths[0])))
@@ -78,7 +79,7 @@ def own_streams(
 ) -> dict[str, Stream]:     # "train", "valid"
     "Both sides of your own data"
     files = data_files(path)
-    if bad: _forget(Path(bad))
+    if bad: _make_room(Path(bad))
     sides, bad = named_sides(files), BadRows(bad)
     out = {}
     for side in ("train", "valid"):
@@ -99,7 +100,7 @@ def held_out(
     raise DataError(f"{streams['valid'].paths[0]}: not one sample for validation")
 
 # %% ../../nbs/35t_own_data.ipynb #f991cebc
-def _forget(bad):
+def _make_room(bad):
     "A place for bad rows; those of a start that came to no state may be mended by now"
     with contextlib.suppress(OSError):     # said in words when a row is to be named
         bad.parent.mkdir(parents=True, exist_ok=True)       # of several processes one is first

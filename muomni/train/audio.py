@@ -432,10 +432,8 @@ def hearing_task(
     batches = batches or SoundBatches(tokenizer, corpora["train"], config)
     def weight(b): return sum(map(len, b.targets))
     def validate(m): return hearing_figures(m, tokenizer, corpora)
-    own = isinstance(batches, StreamBatches)
-    more = dict(keys=partial(sample_keys, batches)) if own else {}
     return Task(hearer, Ahead(batches.batch).batch, hearing_loss, weight, validate, "-wer",
-                **more)
+                keys=partial(sample_keys, batches))
 
 # %% ../../nbs/28_hearing.ipynb #learned1
 def _learned_from(config, tokenizer, folder, bar):

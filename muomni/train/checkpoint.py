@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'FREE', 'CheckpointError', 'write_whole', 'folder_lock', 'code_revision', 'made_with', 'save_model',
-           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'made_of', 'save_state', 'still_there',
-           'saved_states', 'load_state', 'load_checkpoint', 'first_change']
+           'find_checkpoint', 'load_model', 'load_part', 'is_trained', 'digest', 'made_of', 'other_part', 'save_state',
+           'still_there', 'saved_states', 'load_state', 'load_checkpoint', 'first_change']
 
 # %% ../../nbs/39_checkpoint.ipynb #bf2c3784
 import contextlib
@@ -282,6 +282,14 @@ def made_of(
         return digest(path) if path.is_file() else find_checkpoint(path)[1].get("sha256", "")
     paths = {part: Path(out) / part for part in parts}
     return {p: mark(at) for p, at in paths.items() if at.is_file() or is_trained(at)}
+
+def other_part(
+    out: str | Path,          # the checkpoint folder of all stages
+    origin: dict[str, str],   # what `made_of` said when a stage learned
+) -> str:                     # a part that is another one by now; empty if none
+    "Whether a stage still stands on what it was built on"
+    here = made_of(out, *origin)
+    return next((part for part in here if here[part] != origin[part]), "")
 
 # %% ../../nbs/39_checkpoint.ipynb #bae56484
 def save_state(

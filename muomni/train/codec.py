@@ -7,7 +7,6 @@ __all__ = ['voice_sentences', 'voice_corpus', 'Mels', 'MelBatch', 'stack_mels', 
            'codec_task', 'train_codec']
 
 # %% ../../nbs/30a_codec_training.ipynb #d6037834
-import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,7 @@ from ..codec import SILENCE, Codec, codec_loss
 from ..config import Config, SpeechConfig
 from ..data.batches import (
     StreamBatches, held_out, own_fingerprint, own_streams, sample_keys)
-from ..data.corpus import SpeechCorpus, speech_corpus, spoken_kinds
-from ..data.sentences import sentence
+from ..data.corpus import SpeechCorpus, corpus_items, speech_corpus
 from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
 from .checkpoint import SHIPPED, folder_lock, save_model
@@ -35,12 +33,7 @@ def voice_sentences(
     split: str = "train",   # "train", "valid" or "test"
 ) -> list[str]:
     "What the voice says in training, or in a validation"
-    kinds = spoken_kinds(data)
-    texts = (sentence(i, split, kinds) for i in itertools.count())
-    if split == "train": return list(itertools.islice(texts, data.sentences))
-    said = set(voice_sentences(data))              # short ones of the world come up again
-    new = (text for text in texts if text not in said)
-    return list(itertools.islice(new, data.valid_sentences))
+    return [text for text, _ in corpus_items(data, split)]    # whoever says them there
 
 def voice_corpus(
     data: SpeechConfig,     # how many sentences, of which kinds
@@ -175,8 +168,8 @@ def codec_task(
     def loss(m, b): return codec_loss(m, b.mel, b.lengths)
     def weight(b): return int(b.lengths.sum())
     def validate(m): return codec_figures(m, valid)
-    keys = dict(keys=partial(sample_keys, batches)) if own else {}
-    return Task(codec, Ahead(batches.batch).batch, loss, weight, validate, "-l1", **keys)
+    return Task(codec, Ahead(batches.batch).batch, loss, weight, validate, "-l1",
+                keys=partial(sample_keys, batches))
 
 # %% ../../nbs/30a_codec_training.ipynb #owncodec2
 def _learned_from(config, folder, bar):

@@ -40,7 +40,7 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .audio import STEP, Hearer, by_length, stack_waves
 from .checkpoint import (
     SHIPPED, CheckpointError, digest, find_checkpoint, folder_lock, is_trained,
-    load_model, load_part, made_of, save_model)
+    load_model, load_part, made_of, other_part, save_model)
 from .device import choose_device, home, moved
 from .group import join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
@@ -209,10 +209,8 @@ def _same_tokenizer(folder, **parts):
 def _same_words(folder):
     "Refuse eyes that learned the words of another Thinker"
     knows = find_checkpoint(folder / "vision")[1].get("made_of", {})
-    here = made_of(folder, *knows)
-    for part in knows:
-        if here.get(part) == knows[part]: continue
-        raise CheckpointError(f"{folder / 'vision'}: learned from another {part} than the "
+    if other := other_part(folder, knows):
+        raise CheckpointError(f"{folder / 'vision'}: learned from another {other} than the "
                               "one in this folder; delete it and train it again")
 
 # %% ../../nbs/31_all_at_once.ipynb #590293c8
