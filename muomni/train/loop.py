@@ -447,6 +447,13 @@ def _unit(tokens):
     "What to count in"
     return (1e6, "million") if tokens >= 1e6 else (1e3, "thousand")
 
+# %% ../../nbs/26_loop.ipynb #28e2f12c
+def _points(path):
+    "(tokens, loss, figures) of each row of a log that damage has left readable"
+    for row in _read_csv(path):
+        try: yield int(row["tokens"]), float(row["loss"]), _figures(row["figures"])
+        except (KeyError, ValueError): continue
+
 # %% ../../nbs/26_loop.ipynb #504b3664
 def plot_log(
     path: str | Path,   # log.csv of a run
@@ -454,18 +461,17 @@ def plot_log(
     "Loss and figures over the tokens seen"
     from matplotlib.figure import Figure
     from muomni.draw import palette, use_style
-    rows = _read_csv(path)
-    size, unit = _unit(max((int(r["tokens"]) for r in rows), default=0))
-    found = [(int(r["tokens"]) / size, _figures(r["figures"])) for r in rows]
-    names = list(dict.fromkeys(k for _, figures in found for k in figures))
+    found = list(_points(path))
+    size, unit = _unit(max((tokens for tokens, _, _ in found), default=0))
+    names = list(dict.fromkeys(k for *_, figures in found for k in figures))
     with use_style():
         fig = Figure(figsize=(max(3.4, 2.4 * (1 + len(names))), 2.5))
         axes = fig.subplots(1, 1 + len(names), squeeze=False)[0]
-        axes[0].plot([t for t, _ in found], [float(r["loss"]) for r in rows],
+        axes[0].plot([t / size for t, *_ in found], [loss for _, loss, _ in found],
                      color=palette.blue, lw=1)
         axes[0].set(title="loss (nats)")
         for ax, name in zip(axes[1:], names):
-            points = [(t, figures[name]) for t, figures in found if name in figures]
+            points = [(t / size, figures[name]) for t, _, figures in found if name in figures]
             ax.plot(*zip(*points), color=palette.green, marker=".")
             ax.set(title=name.replace("_", " "))
         for ax in axes:
