@@ -72,12 +72,19 @@ def _note(text, every=False):
 ORDER = dict(text="thinker", audio="audio_enc", vision="vision", omni="omni_sft",
              codec="codec", talker="talker")    # of the stages; what a config begins with
 
+def _check_common(args):
+    "Refuse what one stage has and another has not"
+    if args.config: raise Misuse("--config is of one stage: name it in place of `all`")
+    for setting in args.set:
+        if not setting.startswith("training_params."):
+            raise Misuse(f"--set {setting} is of one stage: name it in place of `all`, "
+                         "where only training_params change, in every stage alike")
+
 def _train_configs(args):
     "{stage: the preset or the file, with what the command line replaces}"
     from muomni.config import apply_overrides, load_config
     stages = list(ORDER) if args.stage == "all" else [args.stage]
-    if len(stages) > 1 and (args.config or args.set):
-        raise Misuse("--config and --set change one stage: name it in place of `all`")
+    if len(stages) > 1: _check_common(args)
     own = _own_data(args)
     found = {s: load_config(args.config or f"{ORDER[s]}_{args.preset}", ORDER[s])
              for s in stages}
@@ -188,7 +195,7 @@ def _train_stage(stage, config, out, more, flags=None):
     part = out / ("thinker" if stage == "text" else stage)
     if _finished(part, config):
         return _note(f"{stage}: done already in {out}; delete {part} to train again")
-    if flags is not None: return _train_apart(stage, config, out, flags)
+    if flags is not None: return _train_apart(stage, config, part, flags)
     tokenizer = out / "tokenizer.json"                # one that is there must fit
     if stage == "text" and tokenizer.exists():
         from muomni.train.text import stage_tokenizer
@@ -203,21 +210,25 @@ def _train_stage(stage, config, out, more, flags=None):
     _note(f"{stage}: done, in {out}")
 
 # %% ../nbs/38_cli.ipynb #32f55ca3
-def _train_apart(stage, config, out, flags):
+_STAGE = "from muomni.cli import _stage_of_all; raise SystemExit(_stage_of_all())"
+
+def _train_apart(stage, config, part, flags):
     "The same in a process of its own: its memory is free when it ends"
     import signal
     import subprocess
-    code = "from muomni.cli import _stage_of_all; raise SystemExit(_stage_of_all())"
-    words = [sys.executable, "-c", code, "train", stage, "--out", str(out),
+    from muomni.train.group import GROUP
+    words = [sys.executable, "-c", _STAGE, "train", stage, "--out", str(part.parent),
              "--config", config.name,
              "--minutes", str(config.training_params.minutes), *flags]
     # no signal of the terminal reaches it: it stops when its input ends, and once only
-    child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True,
+                             env={**os.environ, GROUP: stage})
     before = signal.signal(signal.SIGINT, lambda *_: child.stdin.close())
     try:
         with child: status = child.wait()
     finally: signal.signal(signal.SIGINT, before)
-    if status == 130: raise KeyboardInterrupt
+    elsewhere = not status and _rank() and not _finished(part, config)
+    if status == 130 or elsewhere: raise KeyboardInterrupt
     if status: raise Trouble(f"{stage}: ended with status {status}; what it said stands "
                              "above, and the stages before it are kept")
 
@@ -235,25 +246,16 @@ def _stage_of_all(
     threading.Thread(target=wait, daemon=True).start()
     return main()
 
-# %% ../nbs/38_cli.ipynb #d3e15d61
-def _check_processes(stage):
-    "Refuse what several processes cannot do together"
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return
-    if stage == "all": raise Misuse("several processes train one stage at a time: name "
-                                    "one in place of `all`")
-    if stage == "codec": raise Misuse("the codec's tables learn from what a process has "
-                                      "seen: train it in one process")
-
 # %% ../nbs/38_cli.ipynb #c3165443
 def run_train(
     args: argparse.Namespace,   # stage, preset, config, set, minutes, out, tensorboard
 ):
     "muomni train"
-    _check_processes(args.stage)
     configs, more = _train_configs(args), _board(args)
     name = next(iter(configs.values())).name.split("_")[-1]
     out = Path(args.out or f"checkpoints/{name}")
     flags = [f"--{name}" for name in ("tensorboard", "debug") if getattr(args, name)]
+    flags += [word for setting in args.set for word in ("--set", setting)]
     for stage, config in configs.items():
         _train_stage(stage, config, out, more, flags if len(configs) > 1 else None)
 
@@ -593,6 +595,7 @@ def _add_train(sub):
     p = _command(sub, "train", run_train,
         "train a stage, or all of them; goes on where it stopped",
         "muomni train all", "muomni train all --minutes 10 --out checkpoints/quick",
+        "muomni train all --set training_params.seed=1 --out checkpoints/seed1",
         "muomni train text --set training_params.lr=0.01 --out checkpoints/mine",
         "muomni train audio --data clips.csv --out checkpoints/mine",
         "torchrun --standalone --nproc-per-node 2 --no-python muomni train text "

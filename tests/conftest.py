@@ -1,11 +1,37 @@
 """`make soak`: long forms of the tests that have one, and a report of what they counted."""
 import os, platform, time
+from collections import Counter
 from pathlib import Path
-import torch
+import pytest, torch
 
 SOAK = bool(os.environ.get("MUOMNI_SOAK"))
 REPORT = Path(__file__).with_name("soak-report.txt")
+MOST = 100_000_000      # bytes of memory that no reading of small files may need
+said = Counter()        # what a reader answered to the inputs of the test under way: "good" or "refused"
 WHOLE = {"test_kill.py", "test_hostile.py", "test_hostile_data.py", "test_stream.py"}
+
+
+def peak():
+    "The most memory of this process since the last call, in bytes; None where the system does not say"
+    try:
+        kb = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
+        Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * kb
+    except (OSError, StopIteration): return None
+
+
+@pytest.fixture(autouse=True)
+def fuzzed_inputs(record_property):
+    "What a test of many inputs has counted goes into the report; each got an answer, and none took much memory"
+    said.clear()
+    before = peak() and peak()
+    yield
+    if not said: return
+    grown = None if before is None else peak() - before
+    memory = "memory unknown" if grown is None else f"at most {max(0, grown) / 10**6:.0f} MB more memory"
+    record_property("inputs", f"{said.total()}: {said['refused']} refused, {said['good']} read, none without an answer; {memory}")
+    assert set(said) <= {"good", "refused"} and (grown is None or grown < MOST)
+    assert said.total() >= 10_000 or not SOAK
 
 
 def pytest_terminal_summary(terminalreporter, config):

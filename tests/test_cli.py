@@ -49,8 +49,9 @@ def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, stat
     "In their order, with their share of the minutes; what ends one ends the command, and Ctrl-C is as it was"
     started, before = [], signal.getsignal(signal.SIGINT)
     class Child(contextlib.nullcontext):
-        def __init__(self, words, stdin, start_new_session):
+        def __init__(self, words, stdin, start_new_session, env):
             started.append(words)
+            assert env == {**os.environ, "MUOMNI_GROUP": words[4]}                # of several processes each stage is a group
             assert stdin == subprocess.PIPE and "_stage_of_all()" in words[2]     # which stops at the pipe's end
             assert start_new_session                                              # and at nothing else
             self.stdin = io.BytesIO()
@@ -60,11 +61,11 @@ def test_all_stages_are_processes_of_their_own(tmp_path, monkeypatch, ends, stat
             assert self.stdin.closed == (ends == 130)
             return ends
     monkeypatch.setattr(subprocess, "Popen", Child)
-    result = call("train", "all", "--minutes", "6", "--out", tmp_path)
+    result = call("train", "all", "--minutes", "6", "--set", "training_params.seed=3", "--out", tmp_path)
     assert result[:2] == (status, "") and told in result[2] and signal.getsignal(signal.SIGINT) is before
     parsed = [cli.parser().parse_args(words[3:]) for words in started]
     assert [a.stage for a in parsed] == (list(cli.ORDER) if ends == 0 else ["text"])
-    assert all(a.out == str(tmp_path) for a in parsed) and (ends or sum(a.minutes for a in parsed) == pytest.approx(6))
+    assert all(a.out == str(tmp_path) and a.set == ["training_params.seed=3"] for a in parsed) and (ends or sum(a.minutes for a in parsed) == pytest.approx(6))
 
 
 def test_budget_of_a_stage_is_its_share_to_the_last_bit():
@@ -74,6 +75,14 @@ def test_budget_of_a_stage_is_its_share_to_the_last_bit():
         for stage, config in configs("all", "--minutes", str(minutes)).items():
             told = str(config.training_params.minutes)
             assert configs(stage, "--config", config.name, "--minutes", told)[stage] == config
+
+
+def test_all_stages_share_what_all_have(tmp_path):
+    "`train all --set`: training_params go to every stage, also to its process; what one stage has is refused"
+    configs = cli._train_configs(cli.parser().parse_args(["train", "all", "--set", "training_params.seed=3"]))
+    assert len(configs) == 6 and {c.training_params.seed for c in configs.values()} == {3}
+    one_line(*call("train", "all", "--set", "data_params.sentences=3", "--out", tmp_path), 2, "data_params.sentences=3 is of one stage", "name it")
+    one_line(*call("train", "all", "--config", "thinker_nano", "--out", tmp_path), 2, "--config is of one stage")
 
 
 def test_closed_streams_are_no_error(monkeypatch):

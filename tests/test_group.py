@@ -2,7 +2,7 @@
 import csv, signal, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
-from small import HERE, call, child_environment, driven_child, few_texts, one_line, settings, with_tokenizer
+from small import HERE, call, child_environment, driven_child, few_texts, one_line, sets, settings, with_tokenizer
 from test_own_data import TRAIN, own, train, words      # `own` is a fixture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not torch.distributed.is_available(), reason="needs torch.distributed with gloo")
@@ -60,18 +60,18 @@ def test_two_are_as_one(straight, folder):
     close(straight, end_of(folder))
 
 
-@pytest.mark.parametrize("stage", ["audio", "vision"])
-def test_two_hear_and_see_as_one(own, tmp_path, stage):
-    "Stages B and C on files: the same losses and weights as of one process"
+@pytest.mark.parametrize("stage, pieces, more", [("audio", 2, {}), ("vision", 2, {}), ("codec", 1, dict(steps=20, batch_tokens=80))])
+def test_two_hear_see_and_take_down_as_one(own, tmp_path, stage, pieces, more):
+    "Stages B, C and the codec on files: the same losses and weights as of one process. A codebook moves once for what all have; alone, once a piece"
     one, two = (with_tokenizer(tmp_path / name) for name in ("one", "two"))
-    status, _, err = train(stage, own[stage], one, accumulate=2)
+    status, _, err = train(stage, own[stage], one, accumulate=pieces, **more)
     assert status == 0, err
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py",
-               *words(stage, own[stage], two, accumulate=2)]
+               *words(stage, own[stage], two, accumulate=2, **more)]
     r = subprocess.run([str(w) for w in command], env=child_environment(), capture_output=True, text=True, timeout=120)
     assert r.returncode == 0 and r.stderr.count(f"{stage}: done, in") == 1, r.stderr
     logs = [[(r["step"], float(r["loss"])) for r in csv.DictReader(open(f / stage / "log.csv", newline=""))] for f in (one, two)]
-    assert len(logs[0]) == TRAIN["steps"] and [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
+    assert len(logs[0]) == more.get("steps", TRAIN["steps"]) and [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
     assert max(abs(x - y) for (_, x), (_, y) in zip(*logs)) <= 1.01e-5
     a, b = (load_file(f / stage / "model.safetensors") for f in (one, two))
     for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-4, rtol=1e-3)
@@ -140,9 +140,16 @@ def test_micro_batches_must_divide(monkeypatch, folder):
     assert not list((folder / "thinker").glob("state*"))
 
 
-@pytest.mark.parametrize("stage, way_out", [("all", "name one in place of `all`"), ("codec", "train it in one process")])
-def test_what_only_one_process_can(monkeypatch, tmp_path, stage, way_out):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    status, out, err = call("train", stage, "--out", tmp_path / "out")
-    one_line(status, out, err, 2, way_out)
-    assert not (tmp_path / "out").exists()
+def test_all_stages_one_after_the_other(monkeypatch, tmp_path):
+    "`train all`: each stage is a group of its own, built on what process 0 wrote; a Ctrl-C in one process stops both, and the next start goes on"
+    (tmp_path / "two").mkdir()
+    words = ["train", "all", *sets(training_params=dict(accumulate=2)), "--out", with_tokenizer(tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py", *words]
+    def run(**kill): return subprocess.run([str(w) for w in command], env=child_environment(STAGES="text vision codec", **kill), capture_output=True, text=True, timeout=300)
+    r = run(KILL_STEP=4, KILL_RANK=1, SIGNAL=int(signal.SIGINT))
+    assert r.returncode != 0 and step_of(tmp_path / "two") == 5 and not (tmp_path / "two" / "vision").exists(), r.stderr
+    r = run()
+    assert r.returncode == 0, r.stderr
+    assert [r.stderr.count(f"{stage}: done, in") for stage in ("text", "vision", "codec")] == [1, 1, 1]
+    r = run()
+    assert r.returncode == 0 and r.stderr.count("done already") == 3, r.stderr

@@ -66,13 +66,15 @@ def _commitment(
 
 # %% ../../nbs/12_quantize.ipynb #db3dbd17
 def _lessons(
+    book,                  # a VectorQuantizer
     x: Tensor,             # (..., C) vectors
     valid: Tensor | None,  # (...) bool, False = padding
 ) -> tuple[Tensor, Tensor]:  # (...) bool and (M, C) float32
-    "Which vectors a codebook may learn from: neither padding nor NaN"
+    "Which vectors it may learn from: neither padding nor NaN; in eval mode none"
     real = torch.isfinite(x).all(-1)
     real = real if valid is None else real & valid
-    return real, x.detach().float()[real]
+    vectors = x.detach().float()[real]
+    return real, book.gather(vectors) if book.training else vectors[:0]
 
 # %% ../../nbs/12_quantize.ipynb #d897e647
 def _draw_vectors(
@@ -131,6 +133,7 @@ class VectorQuantizer(nn.Module):
         _need(0 < decay < 1, "decay", decay, "between 0 and 1")
         _need(revive_below >= 0, "revive_below", revive_below, "0 or more")
         self.decay, self.revive_below = decay, revive_below
+        self.gather = lambda x: x    # of several processes: the rows that all have
         self.register_buffer("table", torch.randn(codes, width))    # until the start
         self.register_buffer("sums", torch.zeros(codes, width))
         for name in ("counts", "uses"): self.register_buffer(name, torch.zeros(codes))
@@ -142,14 +145,13 @@ class VectorQuantizer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:  # (..., C), (...) whole numbers, 0-dim
         "Quantised vectors, codes, commitment loss; learns the codebook in train mode"
         _check_vectors(x, self.table.shape[1], valid)
-        real, vectors = _lessons(x, valid)
-        learn = self.training and len(vectors) > 0
-        if learn and not self.started:
+        real, vectors = _lessons(self, x, valid)
+        if len(vectors) and not self.started:
             self.table.copy_(_draw_vectors(vectors, len(self.table)))
             _learn(self, vectors, nearest(vectors, self.table))
         codes = nearest(x.detach(), self.table)
         quantised = self.decode(codes)
-        if learn: _learn(self, vectors, codes[real])
+        if len(vectors): _learn(self, vectors, self.gather(codes[real]))
         return straight_through(x, quantised), codes, _commitment(x, quantised, valid)
 
     def decode(self,

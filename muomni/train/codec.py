@@ -24,7 +24,7 @@ from ..data.speech import SPEAKING
 from ..data.stream import SoundStream, Stream
 from .checkpoint import SHIPPED, folder_lock, save_model
 from .device import home, moved
-from .group import join_group, one_first
+from .group import gather, join_group, one_first
 from .loop import Ahead, Task, fit, run_metadata
 
 # %% ../../nbs/30a_codec_training.ipynb #40e946eb
@@ -166,8 +166,9 @@ def codec_task(
     batches = own_windows(train, rows, t.sequence, t.seed) if own else MelBatches(
         train, rows, t.sequence, t.seed)
     def loss(m, b): return codec_loss(m, b.mel, b.lengths)
-    def weight(b): return int(b.lengths.sum())
+    def weight(b): return int((-(-b.lengths // codec.config.patch)).sum())
     def validate(m): return codec_figures(m, valid)
+    for book in codec.rvq.books: book.gather = partial(gather, join_group())
     return Task(codec, Ahead(batches.batch).batch, loss, weight, validate, "-l1",
                 keys=partial(sample_keys, batches))
 
