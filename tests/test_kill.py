@@ -253,6 +253,9 @@ def test_read_only(straight, small_disk):
     assert mounted(["mount", "-o", "remount,ro", str(small_disk)]).returncode == 0
     try:
         with pytest.raises(CheckpointError, match="cannot be written.*Read-only"): train(folder)
+        t = task()
+        with pytest.raises(CheckpointError, match="state.pt: cannot be written.*Read-only.*untouched"): save_state(folder / "state.pt", t.model, optimizer_of(t), dict(step=99))
+        with pytest.raises(CheckpointError, match="model.*: cannot be written.*Read-only.*untouched"): checkpoint.save_model(folder, t.model, {})
         assert content(folder) == before
     finally: mounted(["mount", "-o", "remount,rw", str(small_disk)])
     train_on(folder)
