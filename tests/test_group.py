@@ -140,6 +140,17 @@ def test_micro_batches_must_divide(monkeypatch, folder):
     assert not list((folder / "thinker").glob("state*"))
 
 
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    "Where there are GPUs, sums between them go through nccl, and those of numbers on the CPU through gloo"
+    from muomni.train import group
+    asked = {}
+    for name, value in dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items(): monkeypatch.setenv(name, value)
+    for name, value in dict(is_available=lambda: True, device_count=lambda: 2, set_device=lambda n: asked.update(gpu=n)).items(): monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(group, "_open_group", lambda backend: asked.update(backend=backend))
+    for name, value in dict(is_initialized=lambda: False, get_rank=lambda: 1, get_world_size=lambda: 2).items(): monkeypatch.setattr(group.dist, name, value)
+    assert group.join_group() == group.Group(1, 2) and asked == dict(gpu=1, backend="cpu:gloo,cuda:nccl")
+
+
 def test_all_stages_one_after_the_other(monkeypatch, tmp_path):
     "`train all`: each stage is a group of its own, built on what process 0 wrote; a Ctrl-C in one process stops both, and the next start goes on"
     (tmp_path / "two").mkdir()
