@@ -231,6 +231,15 @@ def test_fuzz_metadata(good, tmp_path):
     fuzzed(test)
 
 
+def test_a_name_of_two_lines_is_told_in_one(tmp_path):
+    "Found by fuzzing: the name of a weight is a text of whoever wrote the file"
+    save_file = save({"two\nlines": torch.zeros(2)})
+    (tmp_path / "model.safetensors").write_bytes(save_file)
+    (tmp_path / "model_metadata.json").write_text(json.dumps(dict(sha256=hashlib.sha256(save_file).hexdigest())))
+    with pytest.raises(CheckpointError, match="does not fit this model") as told: load_model(tmp_path, torch.nn.ParameterDict({"z": torch.zeros(2)}))
+    assert len(str(told.value).splitlines()) == 1 and "two\\nlines" in str(told.value)
+
+
 @pytest.mark.parametrize("reader", [weights, checkpoint])
 @pytest.mark.parametrize("name", ["a_step_7.pt", "trap"])
 def test_fuzz_step_file(name, reader, good, tmp_path):

@@ -239,7 +239,7 @@ def _check_fit(path, own, weights):
     if wrong:
         raise CheckpointError(f"{path}: does not fit this model: {len(wrong)} of "
             f"{len(own.keys() | weights.keys())} weights differ in name or shape, the "
-            f"first is {sorted(wrong)[0]}")
+            f"first is {sorted(wrong)[0]!r}")   # a name may hold anything
 
 # %% ../../nbs/39_checkpoint.ipynb #b791cb4d
 def load_part(
