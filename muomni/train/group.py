@@ -8,6 +8,7 @@ __all__ = ['WAIT', 'GROUP', 'Group', 'one_first', 'gather', 'join_group', 'leave
 
 # %% ../../nbs/36c_group.ipynb #af39f588
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,6 +137,7 @@ def leave_group():
     "At a good end, and together: what one has written, all will find"
     if not dist.is_initialized(): return
     join_group().wait()
+    time.sleep(0.1)       # its threads let go of that wait, while Python still runs
     dist.destroy_process_group()
 
 # %% ../../nbs/36c_group.ipynb #b0cfc7f7
