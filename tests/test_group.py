@@ -9,11 +9,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32" or not torch.distributed
 QUICK = dict(steps=20, save_every=4, sequence=256, batch_tokens=1024, accumulate=2)     # 2 micro-batches of 2 rows
 
 
+def in_two(*words, timeout=120, **environment):
+    "A command in two processes"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py", *words]
+    return subprocess.run([str(w) for w in command], env=child_environment(**environment), capture_output=True, text=True, timeout=timeout)
+
+
 def under_torchrun(folder, *words, **environment):
     "The training of `settings` in two processes"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py",
-               "train", "text", *words, "--out", folder]
-    return subprocess.run([str(w) for w in command], env=child_environment(**environment), capture_output=True, text=True, timeout=120)
+    return in_two("train", "text", *words, "--out", folder, **environment)
 
 
 def in_one(folder):
@@ -66,9 +70,7 @@ def test_two_hear_see_and_take_down_as_one(own, tmp_path, stage, pieces, more):
     one, two = (with_tokenizer(tmp_path / name) for name in ("one", "two"))
     status, _, err = train(stage, own[stage], one, accumulate=pieces, **more)
     assert status == 0, err
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py",
-               *words(stage, own[stage], two, accumulate=2, **more)]
-    r = subprocess.run([str(w) for w in command], env=child_environment(), capture_output=True, text=True, timeout=120)
+    r = in_two(*words(stage, own[stage], two, accumulate=2, **more))
     assert r.returncode == 0 and r.stderr.count(f"{stage}: done, in") == 1, r.stderr
     logs = [[(r["step"], float(r["loss"])) for r in csv.DictReader(open(f / stage / "log.csv", newline=""))] for f in (one, two)]
     assert len(logs[0]) == more.get("steps", TRAIN["steps"]) and [s for s, _ in logs[0]] == [s for s, _ in logs[1]]
@@ -151,14 +153,12 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     assert group.join_group() == group.Group(1, 2) and asked == dict(gpu=1, backend="cpu:gloo,cuda:nccl")
 
 
-def test_all_stages_one_after_the_other(monkeypatch, tmp_path):
+def test_all_stages_one_after_the_other(folder):
     "`train all`: each stage is a group of its own, built on what process 0 wrote; a Ctrl-C in one process stops both, and the next start goes on"
-    (tmp_path / "two").mkdir()
-    words = ["train", "all", *sets(training_params=dict(accumulate=2)), "--out", with_tokenizer(tmp_path / "two")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "driver.py", *words]
-    def run(**kill): return subprocess.run([str(w) for w in command], env=child_environment(STAGES="text vision codec", **kill), capture_output=True, text=True, timeout=300)
+    def run(**kill):
+        return in_two("train", "all", *sets(training_params=dict(accumulate=2)), "--out", folder, timeout=300, STAGES="text vision codec", **kill)
     r = run(KILL_STEP=4, KILL_RANK=1, SIGNAL=int(signal.SIGINT))
-    assert r.returncode != 0 and step_of(tmp_path / "two") == 5 and not (tmp_path / "two" / "vision").exists(), r.stderr
+    assert r.returncode != 0 and step_of(folder) == 5 and not (folder / "vision").exists(), r.stderr
     r = run()
     assert r.returncode == 0, r.stderr
     assert [r.stderr.count(f"{stage}: done, in") for stage in ("text", "vision", "codec")] == [1, 1, 1]

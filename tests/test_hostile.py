@@ -6,7 +6,7 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 import trainings
-from conftest import MOST, SOAK, peak, said
+from conftest import MOST, SOAK, said
 from muomni.config import ConfigError, load_config
 from muomni.tokenizer import load_tokenizer
 from muomni.train.checkpoint import CheckpointError, load_checkpoint, load_model, load_state, save_model, save_state
@@ -27,11 +27,9 @@ class Trap:
 
 
 @pytest.fixture(autouse=True)
-def little_memory(good, bomb):
+def little_memory(good, bomb, fuzzed_inputs):
     "No test here may need much more memory than there was before it"
-    before = peak() and peak()
-    yield
-    assert before is None or peak() - before < MOST
+    fuzzed_inputs["memory"] = MOST
 
 
 def signed(data): return data + hashlib.sha256(data).digest()

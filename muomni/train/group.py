@@ -105,10 +105,12 @@ def gather(
 ) -> Tensor:        # (sum of all M, ...)
     "The rows of all, those of process 0 first"
     if group.world == 1: return x
-    sizes = [int(group.total(len(x) * (r == group.rank))) for r in range(group.world)]
-    begin = sum(sizes[:group.rank])
-    held = x.new_zeros(sum(sizes), *x.shape[1:])
-    held[begin:begin + len(x)] = x      # zeros where the others have their rows
+    sizes = torch.zeros(group.world, dtype=torch.int64)
+    sizes[group.rank] = len(x)          # zeros where the others have theirs
+    _all_reduce(sizes)
+    begin = int(sizes[:group.rank].sum())
+    held = x.new_zeros(int(sizes.sum()), *x.shape[1:])
+    held[begin:begin + len(x)] = x
     _all_reduce(held)
     return held
 
