@@ -486,7 +486,10 @@ class Ahead:
     def __init__(self,
         make: Callable[[int], object],   # number -> batch, a pure function
     ):
-        self.make, self.thread, self.next = make, ThreadPoolExecutor(1), {}
+        # torch would give this thread as many helpers as the training has, on the same
+        # cores, and each team would wait for the other
+        alone = dict(initializer=torch.set_num_threads, initargs=(1,))
+        self.make, self.thread, self.next = make, ThreadPoolExecutor(1, **alone), {}
         self.last = None                 # number before; one of 4 processes goes 0, 4, ...
 
     def batch(self,
