@@ -7,7 +7,6 @@ import pytest, torch
 SOAK = bool(os.environ.get("MUOMNI_SOAK"))
 REPORT = Path(__file__).with_name("soak-report.txt")
 MOST = 100_000_000      # bytes of memory that no reading of small files may need
-said = Counter()        # what a reader answered to the inputs of the test under way: "good" or "refused"
 WHOLE = {"test_kill.py", "test_hostile.py", "test_hostile_data.py", "test_stream.py"}
 
 
@@ -20,19 +19,39 @@ def peak():
     except (OSError, StopIteration): return None
 
 
+class Answers(Counter):
+    'What a reader answered to the inputs of the test under way, "good" or "refused"; `most`: bytes that one of them took'
+    def start(self):
+        self.clear(); peak()
+        self.before, self.most = peak(), 0
+
+    def add(self, answer):
+        self[answer] += 1
+        self.look()
+
+    def look(self):
+        "From where the last input ended: what hypothesis remembers of thousands of inputs is not the reader's"
+        if self.before is None: return
+        self.most = max(self.most, peak() - self.before)
+        self.before = peak()
+
+
+said = Answers()
+
+
 @pytest.fixture(autouse=True)
 def fuzzed_inputs(record_property):
     "What a test of many inputs has counted goes into the report; each got an answer, and none took more memory than a test allows"
-    said.clear()
-    before, allowed = peak() and peak(), {}
+    said.start()
+    allowed = {}
     yield allowed
-    grown = None if before is None else peak() - before
+    said.look()
     if said:
-        memory = "memory unknown" if grown is None else f"at most {max(0, grown) / 10**6:.0f} MB more memory"
+        memory = "memory unknown" if said.before is None else f"at most {said.most / 10**6:.0f} MB more memory for one of them"
         record_property("inputs", f"{said.total()}: {said['refused']} refused, {said['good']} read, none without an answer; {memory}")
         assert set(said) <= {"good", "refused"} and (said.total() >= 10_000 or not SOAK)
     most = allowed.get("memory", MOST if said else None)
-    assert grown is None or most is None or grown < most
+    assert most is None or said.most < most
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -42,6 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
     r = terminalreporter
     files = {x.nodeid.split("::")[0].split("/")[-1] for kind in ("passed", "failed") for x in r.stats.get(kind, [])}
     if not files >= WHOLE: return                           # a part of it is no soak
+    counted = {x.nodeid: x.user_properties for x in r.stats.get("", []) if getattr(x, "when", "") == "teardown"}    # by the fixture above
     done = [x for kind in ("passed", "failed", "error", "skipped") for x in r.stats.get(kind, []) if x.when == "call" or not x.passed]
     lines = [f"date      {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC",
              f"command   MUOMNI_SOAK=1 python -m pytest {' '.join(config.invocation_params.args)}",
@@ -51,5 +71,5 @@ def pytest_terminal_summary(terminalreporter, config):
     for x in done:
         lines.append(f"{x.outcome:8}{x.duration:7.1f} s  {x.nodeid.split('/')[-1]}")
         if x.skipped: lines.append(f"{'':18}{x.longrepr[2]}")
-        lines += [f"{'':18}{k}: {v}" for k, v in x.user_properties]
+        lines += [f"{'':18}{k}: {v}" for k, v in counted.get(x.nodeid, x.user_properties)]
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -125,10 +125,10 @@ def test_fuzz_archives(data, kind, where, byte):
         try: names = extract(home / "a.bin", home / "out", most_bytes=10 ** 6)
         except ArchiveError:
             assert everything(home) == ["a.bin"]
-            said["refused"] += 1
+            said.add("refused")
         else:
             assert all((home / "out" / n).is_file() for n in names)
-            said["good"] += 1
+            said.add("good")
         found = everything(Path(folder))
         assert found[:2] == ["home", "home/a.bin"] and all(p == "home/out" or p.startswith("home/out/") for p in found[2:])
     assert not Path("/tmp/muomni-out.txt").exists()
@@ -275,10 +275,10 @@ def answer(folder, name, data):
         assert streamed(path, report["kind"]) == report["good"]
     except DataError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
-        said["refused"] += 1
+        said.add("refused")
         return
     finally: path.unlink()
-    said["good" if report["good"] else "refused"] += 1
+    said.add("good" if report["good"] else "refused")
     assert report["good"] + report["bad"] == report["rows"] == sum(report["bad_sorts"].values()) + report["good"]
     assert sum(report["split"].get(s, 0) for s in ("train", "valid", "test")) == report["good"]
     json.dumps(report, allow_nan=False), report_html(report).encode(), report_text(report).encode()
@@ -321,5 +321,5 @@ def test_fuzz_media(media, where, byte, cut, name, fuzzed_inputs):
 def test_fuzz_paths(media, name):
     "A path that nobody thought of"
     try: data_files(media / name if name.startswith(".") else name + ".muomni-none")
-    except DataError: said["refused"] += 1
-    else: said["good"] += 1
+    except DataError: said.add("refused")
+    else: said.add("good")
