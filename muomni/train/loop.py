@@ -488,8 +488,9 @@ class Ahead:
     ):
         # torch would give this thread as many helpers as the training has, on the same
         # cores, and each team would wait for the other
-        alone = dict(initializer=torch.set_num_threads, initargs=(1,))
-        self.make, self.thread, self.next = make, ThreadPoolExecutor(1, **alone), {}
+        self.thread = ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(1,))
+        self.make, self.next = make, {}
         self.last = None                 # number before; one of 4 processes goes 0, 4, ...
 
     def batch(self,
