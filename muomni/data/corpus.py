@@ -67,7 +67,7 @@ def corpus_name(
     items: list[tuple[str, Voice]],   # what is said, and by whom
 ) -> str:                             # such as "speech-1f0c6e..."
     "Name of the folder: it says what the sounds are made from"
-    made_by = [_version(), inspect.getsource(speech._clean)]
+    made_by = [_version(), *map(inspect.getsource, (speech._clean, speech._firmly))]
     said = [[text, dict(asdict(voice), split=None)] for text, voice in items]
     digest = hashlib.sha256(json.dumps([made_by, said]).encode()).hexdigest()
     return f"speech-{digest[:16]}"

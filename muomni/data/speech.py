@@ -42,6 +42,7 @@ class Voice:
     rate: int = 150  # words a minute, 80 .. 450
     pitch: int = 50  # 0 .. 100; 50 is the speaker's own
     gap: int = 0  # rest between words: 0 = none, 1 .. 50 from short to long
+    firm: bool = False  # is a *the* stressed where a text begins with it?
     split: str = "train"  # which split may hear it; the sound does not depend on it
 
     @property
@@ -50,7 +51,7 @@ class Voice:
         return f"{self.name}+{self.variant}" if self.variant else self.name
 
 # %% ../../nbs/35i_speech.ipynb #7debd41e
-SPEAKING = Voice("en-us", rate=135, gap=3)
+SPEAKING = Voice("en-us", rate=135, pitch=35, gap=3, firm=True)
 
 # %% ../../nbs/35i_speech.ipynb #53b05e49
 _CAST = {
@@ -105,12 +106,19 @@ class _Pool:
             cls.idle.pop().close()
 
 # %% ../../nbs/35i_speech.ipynb #30e19458
+def _firmly(text):
+    "A *the* that opens a text, in phonemes and stressed."
+    text = text.replace("[[", "[ [")  # these would be read as phonemes too
+    return "[['D@]]" + text[3:] if text.lower().startswith("the ") else text
+
 def _spoken(text, voice):
     "Raw samples of a text; a worker that dies is replaced once."
+    if voice.firm: text = _firmly(text)
     for last in (False, True):
         worker = _Pool.borrow()
         try:
-            answer = worker.say(text, voice.full, voice.rate, voice.pitch, voice.gap)
+            answer = worker.say(text, voice.full, voice.rate, voice.pitch, voice.gap,
+                                voice.firm)
         except BrokenPipeError as error:
             if last: raise SpeechError(str(error)) from None
             continue

@@ -54,7 +54,7 @@ class _Synthesiser:
             self.sound += ctypes.string_at(samples, 2 * count)
         return 0
 
-    def say(self, text, voice, rate, pitch, gap):
+    def say(self, text, voice, rate, pitch, gap, phonemes):
         "16-bit samples at `self.rate`, as bytes."
         speaker = voice.partition("+")[2]
         known = not speaker or speaker in self.speakers  # else: silently another
@@ -64,7 +64,8 @@ class _Synthesiser:
             self.lib.espeak_SetParameter(number, value, 0)
         self.sound, raw = bytearray(), text.encode() + b"\0"
         size = ctypes.c_size_t(len(raw))
-        if self.lib.espeak_Synth(raw, size, 0, 1, 0, 1, None, None):
+        flags = 1 | 0x100 * phonemes  # UTF-8; phonemes between [[ and ]]
+        if self.lib.espeak_Synth(raw, size, 0, 1, 0, flags, None, None):
             raise ValueError("the synthesiser refuses this text")
         return bytes(self.sound)
 
@@ -105,9 +106,11 @@ class SpeechWorker:
         rate: int,  # words a minute, 80 .. 450
         pitch: int,  # 0 .. 100; 50 is the speaker's own
         gap: int = 0,  # rest between words: 0 = none, 1 .. 50 from short to long
+        phonemes: bool = False,  # does [['D@]] stand for sounds, not for letters?
     ) -> tuple:  # (samples a second, 16-bit samples as bytes)
         "Speak. After a crash the worker is closed."
-        ask = dict(text=text, voice=voice, rate=int(rate), pitch=int(pitch), gap=int(gap))
+        ask = dict(text=text, voice=voice, rate=int(rate), pitch=int(pitch),
+                   gap=int(gap), phonemes=bool(phonemes))
         request = json.dumps(ask).encode() + b"\n"
         with self.lock, _deadline(self.process, self.patience):
             try: good, rate, reply = _exchange(self.process, request)
