@@ -105,12 +105,13 @@ class _Pool:
         while cls.idle:
             cls.idle.pop().close()
 
-# %% ../../nbs/35i_speech.ipynb #30e19458
+# %% ../../nbs/35i_speech.ipynb #firmly35
 def _firmly(text):
     "A *the* that opens a text, in phonemes and stressed."
     text = text.replace("[[", "[ [")  # these would be read as phonemes too
     return "[['D@]]" + text[3:] if text.lower().startswith("the ") else text
 
+# %% ../../nbs/35i_speech.ipynb #30e19458
 def _spoken(text, voice):
     "Raw samples of a text; a worker that dies is replaced once."
     if voice.firm: text = _firmly(text)
