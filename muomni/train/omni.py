@@ -390,7 +390,7 @@ def drift(
     ids: Tensor,         # (B, T) tokens
     labels: Tensor,      # (B, T) the token after each; -100 = does not count
     documents: Tensor | None = None,  # (B, T) int, packed documents
-    rows: int = 512,     # places whose scores exist at one time
+    rows: int = 256,     # places whose scores exist at one time
 ) -> Tensor:             # 0-dim, nats per token; 0 = it guesses as before
     "How far a model's guesses have moved: their mean Kullback-Leibler divergence"
     def states(m): return m.hidden(ids, documents=documents).flatten(0, 1).split(rows)
