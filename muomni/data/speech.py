@@ -108,7 +108,7 @@ class _Pool:
 # %% ../../nbs/35i_speech.ipynb #firmly35
 def _firmly(text):
     "A *the* that opens a text, in phonemes and stressed."
-    text = text.replace("[[", "[ [")  # these would be read as phonemes too
+    text = text.replace("[", "[ ")  # two in a row would begin phonemes
     return "[['D@]]" + text[3:] if text.lower().startswith("the ") else text
 
 # %% ../../nbs/35i_speech.ipynb #30e19458
