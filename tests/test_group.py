@@ -93,7 +93,7 @@ def test_blocks_in_slices(straight, folder):
 
 def test_slices_then_one(straight, folder):
     r = under_torchrun(folder, *settings(**QUICK, shard="true"), KILL_STEP=10, KILL_RANK=1, SIGNAL=int(signal.SIGKILL))
-    assert r.returncode != 0 and step_of(folder) == 8
+    assert r.returncode != 0 and step_of(folder) == 8, r.stderr
     close(straight, in_one(folder))
 
 
