@@ -44,7 +44,10 @@ def close(a, b):
     for k in wa: torch.testing.assert_close(wa[k], wb[k], atol=1e-4, rtol=1e-3)
 
 
-def step_of(folder): return torch.load(folder / "thinker" / "state.pt", weights_only=True)["progress"]["step"]
+def step_of(folder):
+    "Steps in the saved state; None if there is none"
+    path = folder / "thinker" / "state.pt"
+    return torch.load(path, weights_only=True)["progress"]["step"] if path.exists() else None
 
 
 @pytest.fixture(scope="module")
