@@ -128,7 +128,7 @@ def test_one_of_two_is_stopped(straight, folder, number, step):
     r = under_torchrun(folder, *settings(**QUICK), KILL_STEP=10, KILL_RANK=1, SIGNAL=int(number))
     assert r.returncode != 0
     assert not (folder / "thinker" / "model.safetensors").exists()
-    assert step_of(folder) == step
+    assert step_of(folder) == step, r.stderr
     told = "goes on from the last saved state" if number == signal.SIGKILL else "the same command goes on from here"
     times = sum(told in line for line in r.stderr.splitlines())
     assert times == 1 or number == signal.SIGKILL and times == 0 and "SIGKILL" in r.stderr, r.stderr      # torchrun may end the other one before it can speak
