@@ -377,9 +377,9 @@ def _colours(
     "Choose white-to-colour, or two colours around zero."
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low < 0 < high and vmin is None:
-        end = max(-low, high)
+        end = max(-low, high) if vmax is None else vmax
         stops = [palette.red, "#ffffff", palette[colour]]
-        vmin, vmax = -end, (end if vmax is None else vmax)
+        vmin, vmax = -end, end
     else:
         stops = ["#ffffff", palette[colour]]
         vmin = min(low, 0.0) if vmin is None else vmin

@@ -43,6 +43,8 @@ def _tensor_reason(
     "Say how two tensors differ."
     if got.shape != want.shape:
         return f"the shape is {tuple(got.shape)}, not {tuple(want.shape)}"
+    if (got.dtype == torch.bool) != (want.dtype == torch.bool):
+        return f"its type is {got.dtype}, not {want.dtype}"
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     close = torch.isclose(got, want, rtol=rtol, atol=atol, equal_nan=True)
     if bool(close.all()):
@@ -242,8 +244,13 @@ def check_exercise(
     if not callable(answer) or isinstance(answer, torch.Tensor):
         value, cases = answer, [((), cases)]
         answer, name = (lambda: value), "your answer"
+    elif not isinstance(cases, (list, tuple)):
+        return Result("wrong", "your answer: it is a function, not a value",
+                      "Call it, and hand in what it returns.")
     else:
         name = getattr(answer, "__name__", "answer")
+    if not len(cases):
+        raise ValueError("no cases: such a checker accepts every answer")
     for index, (args, want) in enumerate(cases):
         value, error = _call(answer, args)
         if _is_to_do(value, error, want):

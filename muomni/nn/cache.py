@@ -93,7 +93,7 @@ class KVCache(_Memory):
     ) -> tuple[Tensor, Tensor]:  # keys and values so far, each (B, G, longest, E)
         "Store the new keys and values of one layer; returns all so far"
         keys, values = self.memory[layer].unbind(0)  # (B, G, capacity + 1, E)
-        _check_keys(keys, k)
+        _check_keys(self, keys, k)
         for store, new in ((keys, k), (values, v)):
             if isinstance(self.slots, slice): store[:, :, self.slots] = new
             else:
@@ -102,8 +102,15 @@ class KVCache(_Memory):
         return keys[:, :, :self.longest], values[:, :, :self.longest]
 
 # %% ../../nbs/14_cache.ipynb #a6041f3c
-def _check_keys(store, new):
-    "Refuse keys of other heads, which could be copied silently, and gradients"
+def _check_keys(cache, store, new):
+    "Refuse what could be copied silently into the wrong place, and gradients"
+    if cache.slots is None:
+        raise RuntimeError("keys came before a step was begun: call begin first")
+    slots = cache.slots
+    tokens = slots.stop - slots.start if isinstance(slots, slice) else slots.shape[1]
+    if (new.shape[0], new.shape[2]) != (cache.batch, tokens):
+        raise ValueError(f"keys of {new.shape[0]} sequences and {new.shape[2]} tokens "
+                         f"came, the step was begun for {cache.batch} and {tokens}")
     if new.shape[1] != store.shape[1]:
         raise ValueError(f"{new.shape[1]} key/value heads came, the cache was made "
                          f"for {store.shape[1]}; make it with the model's kv_heads")
