@@ -532,10 +532,10 @@ def _speed():
 def _speed_lines(s):
     "The same in words"
     r = s["matmul_gflops"]
-    return [f"{'device':15}{s['device']} ({s['device_why']}), threads: {s['threads']}",
-            f"{'precision':15}{s['precision']}: a matrix product reaches "
+    return [f"{'device':17}{s['device']} ({s['device_why']}), threads: {s['threads']}",
+            f"{'precision':17}{s['precision']}: a matrix product reaches "
             f"{r['bfloat16']} GFLOP/s in bfloat16, {r['float32']} in float32",
-            f"{'make omni':15}about {s['omni_minutes']:.0f} minutes "
+            f"{'make omni':17}about {s['omni_minutes']:.0f} minutes "
             f"({s['step_seconds']} s for a step of training on the CPU)"]
 
 # %% ../nbs/38_cli.ipynb #c6666321
@@ -546,7 +546,7 @@ def run_check(
     rows = check_packages()
     bad = [n for n, s, _ in rows if n in NEEDED and s != "ok"]
     result = dict(packages={n: [s, w] for n, s, w in rows})
-    lines = [f"{n:15}{s:10}{w}" for n, s, w in rows]
+    lines = [f"{n:17}{s:10}{w}" for n, s, w in rows]
     if any(n == "torch" and s != "conflict" for n, s, _ in rows if n in bad):
         lines.append("without torch nothing can be measured")
     else:

@@ -236,9 +236,12 @@ def fit_turns(
         ids, _ = encode_turns(tokenizer, turns, answer=True)
         if len(ids) <= room: return ids, dropped, 0
     over, senses = len(ids) - room, messages[-1].places
-    if over >= max(1, len(ids) - 3 - senses):
+    text = len(ids) - 3 - senses
+    if over >= max(1, text):
+        space = max(0, room - 3 - (text > 0))           # a token of the text must stay
         raise ValueError(f"pictures and sounds take {senses} places and the context "
-                         f"has room for {max(0, room - 3)}: give fewer or shorter ones")
+                         f"has room for {space}" + " beside the text" * (text > 0)
+                         + ": give fewer or shorter ones")
     return ids[:1 + senses] + ids[1 + senses + over:], dropped, over
 
 # %% ../nbs/32c_inference.ipynb #4d52216e

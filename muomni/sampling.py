@@ -193,7 +193,8 @@ def generate(
     model,                       # a `ThinkerLM`
     ids: list[int],              # the prompt; at least one token
     s: Sampling = Sampling(),    # how to draw
-    cache=None,                  # empty or partly filled `KVCache`; default: new
+    cache=None,                  # empty or partly filled `KVCache` (a penalty sees
+                                 # only the ids given here); default: new
     embed: Callable | None = None,   # prompt ids (1, T) -> (1, T, D); default: table
 ) -> Iterator[int]:              # new token ids, one by one
     "Token after token until a stop token, `max_tokens` or a full cache"

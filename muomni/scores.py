@@ -530,7 +530,9 @@ def _seeing_lines(s, c):
 def _speaking_lines(s, c):
     "Word error rates of a judge, or of the model's own ear"
     own = "" if "wer" in s else "own_ear_"
-    rows = []
+    rows, words = [], []
+    if "open_new_words" in s:
+        words = [("  share of its words that training never said", _share(s["open_new_words"]), "")]
     if own + "wer" in s:
         who = "its own ear, not independent" if own else "independent judge"
         for kind, title in (("", "the world"), ("open_", "everyday English")):
@@ -540,10 +542,9 @@ def _speaking_lines(s, c):
             rows.append((f"speaking {title}, WER", _share(s[f"{own}{kind}wer"]),
                          f"{who}; reference {_share(ref)}, codec {_share(trip)}"
                          + ("" if own else f"; bar {_share(bar)}")))
+            rows += words if kind else []
             rows.append(("  control: another sentence",
                          _share(c[f"speaking_{own}{kind}shuffled"]), ""))
-    if "open_new_words" in s: rows.append(("  everyday words that training never said",
-                                           _share(s["open_new_words"]), ""))
     return rows + [("replies that end by themselves", _share(s["ends_by_itself"]),
                     f"bar {_share(BARS['ends'])}; {sum(s['n'].values())} sentences")]
 

@@ -361,6 +361,7 @@ def text_task(
     def loss(m, b): return _mixed_loss(m, b, batches.english_rows, d.dialogue_weight)
     def weight(b): return int((b.labels != -100).sum())
     def validate(m):
+        # windows side by side: half the work, and a little too high
         return dict(bits_per_byte=english_bits(m, tokenizer, held, row, row),
                     exact=exact_share(m, tokenizer, asked)[0])
     return Task(model, Ahead(batches.batch).batch, loss, weight, validate, "-bits_per_byte",
