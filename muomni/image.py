@@ -86,7 +86,11 @@ def _opened(
     "The file behind a path, or the file itself, able to go back to its start."
     if isinstance(source, (str, os.PathLike)):
         _check_path(source)
-        with open(source, "rb") as file, _opened(file, most_bytes) as checked:
+        try:
+            file = open(source, "rb")
+        except OSError as error:
+            raise ImageError(f"cannot be opened ({_reason(error)})") from None
+        with file, _opened(file, most_bytes) as checked:
             yield checked
         return
     if not hasattr(source, "read"):
@@ -192,6 +196,9 @@ def read_image(
         raise ImageError(f"read_image: {name}: {error}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"read_image: {name}: too large: {_reason(error)}") from error
+    except MemoryError:
+        raise ImageError(f"read_image: {name}: too large for this machine: "
+                         "make it smaller") from None
     except Exception as error:
         raise ImageError(f"read_image: {name}: damaged or cut off ({_reason(error)}): "
                          "get the file again") from error

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import struct
+import threading
 import wave
 from contextlib import contextmanager
 from functools import lru_cache
@@ -36,7 +37,7 @@ def whole_file(
 ):
     "Open a file that appears under its name only when it is complete."
     path = Path(path)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
         with open(part, mode, **text) as file:
@@ -103,9 +104,14 @@ def _save(path, image):
         file.write(_png(image))
 
 # %% ../../nbs/35c_make.ipynb #e7847971
+def _empty(folder):
+    "A folder for pictures, without those of an earlier, larger set."
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("[0-9]" * 6 + ".png"): old.unlink()
+
 def _images(folder, split, count, seed, step):
     "Write pictures and their manifest."
-    (folder / split).mkdir(exist_ok=True)
+    _empty(folder / split)
     manifest = []
     for i in range(count):
         scene = make_scene(_ITEM * seed + i, split)
@@ -163,7 +169,7 @@ def draw_word(
 # %% ../../nbs/35c_make.ipynb #823d9998
 def _ocr(folder, split, count, seed, step):
     "Write pictures of words and the table of what they say."
-    (folder / split).mkdir(exist_ok=True)
+    _empty(folder / split)
     rows = []
     for i in range(count):
         image, word = draw_word(_ITEM * seed + i, split)

@@ -145,9 +145,8 @@ def noun_table() -> dict:
 # %% ../../nbs/35e_words.ipynb #cd1622e8
 _IRREGULAR = {"mouse": "mice", "wolf": "wolves", "deer": "deer", "goose": "geese",
               "foot": "feet", "tooth": "teeth", "squid": "squid",
-              "cactus": "cactuses", "octopus": "octopuses", "bus": "buses",
               "scarf": "scarves", "radio": "radios", "kangaroo": "kangaroos",
-              "zoo": "zoos", "piano": "pianos", "kimono": "kimonos",
+              "kimono": "kimonos",
               "banjo": "banjos", "taco": "tacos", "burrito": "burritos",
               "flamingo": "flamingos"}
 

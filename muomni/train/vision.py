@@ -315,7 +315,9 @@ class Seer(nn.Module):
     @property
     def scale(self) -> Tensor:   # 0-dim, 1 to 100
         "What cosines are multiplied with"
-        return self.log_scale.clamp(0, math.log(100)).exp()
+        with torch.no_grad():   # the weight itself: beyond a bound nothing pulls it back
+            self.log_scale.clamp_(0, math.log(100))
+        return self.log_scale.exp()
 
 # %% ../../nbs/29_seeing.ipynb #bb9e678d
 def seeing_loss(
